@@ -8,6 +8,7 @@ do not depend on the hash seed.  `Bounds` knows the range of every name and driv
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -296,6 +297,12 @@ def floordiv(a: Index, d: Index, bounds: Bounds | None = None) -> Index:
         return q
     if bounds is not None and bounds.in_range(r, d):
         return q
+    if bounds is not None and bounds.in_range(r - d, d):
+        return q + 1  # a negative constant that the split above borrowed for
+    if len(r.terms) == 1 and r.terms[0][1] == 1 and len(r.terms[0][0]) == 1 and isinstance(inner := r.terms[0][0][0], Quotient):
+        return q + floordiv(inner.num, inner.den * d, bounds)  # (x // a) // b == x // (a*b)
+    if bounds is not None and (split := _split_inside(r, d, bounds)) is not None:
+        return q + floordiv(split[0], split[2], bounds)
     common = _common_factor(r, d)
     if common is not None:
         return q + floordiv(common[0], common[1], bounds)
@@ -315,13 +322,32 @@ def remainder(a: Index, d: Index, bounds: Bounds | None = None) -> Index:
             return remainder(inner.num, d, bounds)  # (x % (k*d)) % d == x % d
     if not r.terms or (bounds is not None and bounds.in_range(r, d)):
         return r
+    if bounds is not None and bounds.in_range(r - d, d):
+        return r - d
+    if bounds is not None and (split := _split_inside(r, d, bounds)) is not None:
+        outer, inner_part, rest_of_d = split
+        factor = split_multiple(d, rest_of_d)[0]
+        return remainder(outer, rest_of_d, bounds) * factor + inner_part
     return Index((((Remainder(r, d),), 1),))
+
+
+def _split_inside(a: Index, d: Index, bounds: Bounds) -> tuple[Index, Index, Index] | None:
+    """(x, y, e) with a == x*f + y, d == e*f and 0 <= y < f: then a // d == x // e and a % d == (x % e)*f + y."""
+    if len(d.terms) != 1:
+        return None
+    dm, dc = d.terms[0]
+    shared = {math.gcd(dc, c) for _, c in a.terms} - {1}
+    factors = [Index.of(g) for g in sorted(shared, reverse=True) if dm or g != dc]
+    factors += [Index._make({dm[:k] + dm[k + 1 :]: dc}) for k in range(len(dm)) if len(dm) > 1]
+    for f in factors:
+        x, y = split_multiple(a, f)
+        if x.terms and y != a and bounds.in_range(y, f):
+            return x, y, split_multiple(d, f)[0]
+    return None
 
 
 def _common_factor(a: Index, d: Index) -> tuple[Index, Index] | None:
     """Divide both by an integer that divides every coefficient: (2*x)//(2*y) is x//y."""
-    import math
-
     g = functools.reduce(math.gcd, (c for _, c in a.terms + d.terms))
     if g <= 1:
         return None
@@ -358,6 +384,10 @@ class Bounds:
 
     def minimum(self, value: Index) -> int | None:
         """A lower bound over all assignments, None when there is none: axes go to the end that their sign asks for, then symbols."""
+        # axes first: an axis that runs over x // d cancels against a x // d beside it, which naming divisions would hide
+        value = self._eliminate_axes(value)
+        if value is None:
+            return None
         value, ranges = self._name_divisions(value)
         value = ranges._eliminate_axes(value)
         if value is None:
@@ -379,7 +409,7 @@ class Bounds:
             for atom in m:
                 if not isinstance(atom, str):
                     lo, hi = self._atom_interval(atom)
-                    top = atom.den - 1 if isinstance(atom, Remainder) else hi
+                    top = atom.den - 1 if isinstance(atom, Remainder) else self._quotient_top(atom) or hi
                     if lo is None or top is None:
                         product = product * Index((((atom,), 1),))
                         continue
@@ -390,18 +420,34 @@ class Bounds:
             out = out + product
         return (out, self.narrowed(limits)) if limits else (value, self)
 
+    def _quotient_top(self, atom: Quotient) -> Index | None:
+        """An upper bound of floor(num/den) over the symbols, where the largest num is q*den + r with r within one den:
+        i // s1 for i < s0*s1 is at most s0 - 1."""
+        low = self._eliminate_axes(-atom.num)
+        if low is None or not (low.names() | atom.den.names()) <= self.symbols.keys():
+            return None
+        q, r = split_multiple(-low, atom.den)
+        if r.constant is None:
+            return None
+        if r.constant >= 0:
+            return q if self.nonnegative(atom.den - r.constant - 1) else None
+        return q - 1 if self.nonnegative(atom.den + r.constant) else None
+
     def maximum(self, value: Index) -> int | None:
         low = self.minimum(-value)
         return None if low is None else -low
 
     def _eliminate_axes(self, value: Index) -> Index | None:
+        """Send each axis to the end that its sign asks for; one inside a division stays, one of unknown sign gives None."""
+        stuck: set[str] = set()
         for _ in range(len(self.limits) + 1):
-            name = next((n for n in sorted(value.names()) if n in self.limits), None)
+            name = next((n for n in sorted(value.names()) if n in self.limits and n not in stuck), None)
             if name is None:
                 return value
             factor = value.coefficient(name)
             if factor is None:
-                return value
+                stuck.add(name)
+                continue
             lo, hi = self.limits[name]
             if self._sign(factor) >= 0:
                 value = value.substitute({name: lo})
@@ -552,6 +598,8 @@ def parse_index(text: str) -> Index:
         value = factor()
         while peek() in ("*", "//", "%"):
             op, right = take(), factor()
+            if op != "*" and (right.constant is not None and right.constant <= 0):
+                raise IRError(f"cannot read the index '{text}'", why="a divisor is zero or negative")
             value = value * right if op == "*" else floordiv(value, right) if op == "//" else remainder(value, right)
         return value
 

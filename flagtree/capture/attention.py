@@ -1,0 +1,59 @@
+"""`torch.ops.flagtree.attention` as an attention implementation of transformers, for models built by `capture/model.py`.
+
+Invariant: what the operator does not compute (windows, soft caps, sinks, masks, dropout) is refused, never dropped.
+transformers makes no mask for an attention without a mask function, so a captured graph holds none.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from flagtree.capture.cache import ExplicitCache
+from flagtree.errors import CaptureError
+from flagtree.runtime import operators as operators  # registers torch.ops.flagtree.*
+
+ATTENTION_NAME = "flagtree"
+
+# what transformers passes along that says nothing about the numbers
+_HARMLESS = frozenset({"position_ids", "use_cache", "cache_position", "output_attentions", "is_causal"})
+
+
+def register_attention() -> str:
+    """Make the operator known to transformers; returns the name to put into `config._attn_implementation`."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, cached_attention)
+    return ATTENTION_NAME
+
+
+def cached_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    flagtree_cache: ExplicitCache,
+    scaling: float | None = None,
+    **options: object,
+) -> tuple[torch.Tensor, None]:
+    """One attention call of transformers: query [B, H, S, D], key and value [B, HK, S, D]; returns [B, S, H, D].
+
+    Raises CaptureError for anything beyond causal attention over the cache.
+    """
+    where = f"layer {module.layer_idx}, {type(module).__name__}"
+    if attention_mask is not None:
+        raise CaptureError("the model passes an attention mask", where=where, hint="only causal decoders without extra masks are captured")
+    if not getattr(module, "is_causal", True) or options.get("is_causal") is False:
+        raise CaptureError("the model's attention is not causal", where=where)
+    for name, option in options.items():
+        if name not in _HARMLESS and option is not None and not (name == "dropout" and option == 0.0):
+            raise CaptureError(
+                f"the attention option '{name}' = {option!r} is not supported",
+                where=where,
+                why="flagtree::attention computes plain causal attention over the whole cache",
+            )
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    keys, values = flagtree_cache.keys[layer], flagtree_cache.values[layer]
+    return torch.ops.flagtree.attention(query, key, value, keys, values, flagtree_cache.start, scale), None

@@ -1,0 +1,207 @@
+"""Any traced callable to one normalised ATen FX graph: the form that lowering reads.
+
+The callable runs once on fake tensors under a dispatch mode that sits below autograd, so composite operators arrive whole;
+those that lowering knows (or that a platform library does best whole) are kept, the others are decomposed.
+Views and in-place operators stay as they are: the IR has memory, aliases and order, so nothing is functionalised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from flagtree.errors import CaptureError
+from flagtree.ir.program import Origin
+
+aten = torch.ops.aten
+
+# kept whole as externs: decomposing them would hide what a library does best, or copy their operands
+WHOLE = frozenset(
+    {
+        aten.linear.default,  # its decomposition over a 3-D slice expands the weight by the batch
+        aten.matmul.default,
+        aten.scaled_dot_product_attention.default,
+        aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
+        aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
+        aten.einsum.default, aten.bilinear.default,
+        aten.lstm.input, aten.gru.input,
+        aten.max_pool2d.default, aten.adaptive_avg_pool2d.default,
+    }
+)  # fmt: skip
+_DROPPED = ("_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range")
+
+
+@dataclass
+class Normalised:
+    """`graph`: placeholders in the callable's argument order, ATen calls with `meta["val"]` (fake results, symbolic sizes) and
+    `meta["origin"]`; `constants`: real tensors that the trace met, by placeholder name."""
+
+    graph: fx.Graph
+    constants: dict[str, torch.Tensor]
+
+
+class _Recorder(TorchDispatchMode):
+    """Writes every operator call that reaches it into an fx.Graph."""
+
+    def __init__(self, keep: Callable[[torch._ops.OpOverload], bool], decompositions: dict, fake_mode: FakeTensorMode) -> None:
+        super().__init__()
+        self.graph = fx.Graph()
+        self.keep, self.decompositions, self.fake_mode = keep, decompositions, fake_mode
+        self.node_of: dict[int, fx.Node] = {}
+        self.alive: list[object] = []  # ids stay unique only while the tensors live
+        self.constants: dict[str, torch.Tensor] = {}
+        self.origin = Origin("")
+
+    def bind(self, tensor: torch.Tensor, node: fx.Node) -> None:
+        self.node_of[id(tensor)] = node
+        self.alive.append(tensor)
+
+    def placeholder(self, name: str, value: object) -> fx.Node:
+        node = self.graph.placeholder(name)
+        node.meta["val"] = value
+        if isinstance(value, torch.Tensor):
+            self.bind(value, node)
+        return node
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        kwargs = kwargs or {}
+        if not isinstance(func, torch._ops.OpOverload) or func.namespace == "prim":
+            return func(*args, **kwargs)
+        if not self.keep(func):
+            rule = self.decompositions.get(func)
+            if rule is not None:
+                with self:
+                    return rule(*args, **kwargs)
+            if _is_composite(func):
+                with self:
+                    result = func.decompose(*args, **kwargs)
+                if result is not NotImplemented:
+                    return result
+        if func is aten._local_scalar_dense.default:
+            return func(*args, **kwargs)  # a Python number: used below as what it is
+        args, kwargs = fx.node.map_aggregate((args, kwargs), self._to_fake)
+        args, kwargs = fx.node.map_aggregate((args, kwargs), _plain_number)
+        result = func(*args, **kwargs)
+        self._record(func, args, kwargs, result)
+        return result
+
+    def _record(self, func, args, kwargs, result) -> None:  # noqa: ANN001
+        if func.overloadpacket.__name__.startswith(_DROPPED) or not _has_tensor((args, kwargs, result)):
+            return
+        nodes = fx.node.map_aggregate((args, kwargs), self._argument)
+        node = self.graph.call_function(func, nodes[0], nodes[1])
+        node.meta["val"], node.meta["origin"] = result, self.origin
+        if isinstance(result, torch.Tensor):
+            self.node_of.setdefault(id(result), node)
+            self.alive.append(result)
+        elif isinstance(result, (tuple, list)):
+            import operator
+
+            for i, value in enumerate(result):
+                if isinstance(value, torch.Tensor) and id(value) not in self.node_of:
+                    item = self.graph.call_function(operator.getitem, (node, i))
+                    item.meta["val"], item.meta["origin"] = value, self.origin
+                    self.bind(value, item)
+
+    def _to_fake(self, value: object) -> object:
+        """A real tensor that the program carries (a Python constant, a captured buffer) becomes a named constant."""
+        if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
+            return value
+        node = self.node_of.get(id(value))
+        if node is not None:
+            return node.meta["val"]
+        fake = self.fake_mode.from_tensor(value, static_shapes=True)
+        name = f"const_{len(self.constants)}"
+        self.constants[name] = value
+        first = next(iter(self.graph.nodes))
+        with self.graph.inserting_before(first):
+            node = self.placeholder(name, fake)
+        self.bind(value, node)
+        return fake
+
+    def _argument(self, value: object) -> object:
+        if isinstance(value, torch.Tensor):
+            node = self.node_of.get(id(value))
+            if node is None:
+                raise CaptureError("a tensor appears in the trace that no recorded call made", why=f"{tuple(value.shape)} {value.dtype}")
+            return node
+        return value
+
+
+def _plain_number(value: object) -> object:
+    """A float that Dynamo made symbolic (`dynamic=True`) is specialised: `float` adds the guard on its value."""
+    if isinstance(value, torch.SymFloat):
+        return float(value)
+    return bool(value) if isinstance(value, torch.SymBool) else value
+
+
+def _is_composite(func: torch._ops.OpOverload) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+
+
+def _has_tensor(value: object) -> bool:
+    if isinstance(value, torch.Tensor):
+        return True
+    if isinstance(value, (tuple, list)):
+        return any(_has_tensor(v) for v in value)
+    return isinstance(value, dict) and any(_has_tensor(v) for v in value.values())
+
+
+class _Tracer(fx.Interpreter):
+    """Runs a graph module node by node, telling the recorder where each call comes from."""
+
+    def __init__(self, module: fx.GraphModule, recorder: _Recorder) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.recorder = recorder
+
+    def run_node(self, n: fx.Node) -> object:
+        if n.op not in ("placeholder", "output"):
+            self.recorder.origin = Origin(n.name, _module_path(n), _source_line(n))
+        return super().run_node(n)
+
+
+def _module_path(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    path = str(next(reversed(stack.values()))[0])
+    return path.removeprefix("L['self'].").removeprefix("L__self___")
+
+
+def _source_line(node: fx.Node) -> str:
+    """`file.py:12` of the innermost frame; only the file's name, so that text does not depend on where it lies."""
+    import re
+
+    trace = node.meta.get("stack_trace") or node.stack_trace
+    found = re.findall(r'File "([^"]+)", line (\d+)', trace or "")
+    return f"{found[-1][0].rsplit('/', 1)[-1]}:{found[-1][1]}" if found else ""
+
+
+def normalise(
+    module: fx.GraphModule,
+    names: Sequence[str],
+    values: Sequence[object],
+    keep: Callable[[torch._ops.OpOverload], bool],
+    decompositions: dict | None = None,
+    fake_mode: FakeTensorMode | None = None,
+) -> Normalised:
+    """Trace `module` on `values` (fake tensors, SymInts, numbers: one a placeholder, in order) and return its ATen graph.
+
+    `keep(op)` tells which operators lowering takes whole.  Raises CaptureError when the module does what no graph can hold.
+    """
+    if fake_mode is None:
+        fake_mode = next(v.fake_mode for v in values if isinstance(v, FakeTensor))
+    recorder = _Recorder(lambda op: op in WHOLE or keep(op), decompositions or {}, fake_mode)
+    for name, value in zip(names, values, strict=True):
+        recorder.placeholder(name, value)
+    with torch.no_grad(), torch._C._AutoDispatchBelowAutograd(), fake_mode, recorder:
+        results = _Tracer(module, recorder).run(*values)
+    outputs = results if isinstance(results, (tuple, list)) else (results,)
+    flat = fx.node.map_aggregate(tuple(outputs), lambda v: recorder._argument(recorder._to_fake(v)) if isinstance(v, torch.Tensor) else v)
+    recorder.graph.output(flat)
+    return Normalised(recorder.graph, recorder.constants)

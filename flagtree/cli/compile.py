@@ -1,0 +1,53 @@
+"""`flagtree compile`: one or more models to one bundle a target, with progress and the table of what came out.
+
+The work is `flagtree.compile.compile_model`; this parses, checks the names before any work starts, and prints.
+stdout has the table, or with `--json` one JSON document a model; progress goes to stderr.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+EXAMPLES = """
+**Examples**
+
+`flagtree compile qwen3 --target metax` builds the full-size model for a MetaX chip, on a machine that has neither chip nor weights.
+
+`flagtree compile qwen3 --target cpu --target cuda:sm90 -o bundles` builds two bundles in one run.
+
+`flagtree compile qwen3 --target cpu --layers 2 --part decode --json` is a small one, for a script.
+"""
+
+
+def run(
+    model: Annotated[list[str], typer.Argument(help="Models to compile; `flagtree models` lists them.", show_default=False)],
+    target: Annotated[list[str], typer.Option("--target", "-t", help="A chip; repeat it for several. `flagtree targets` lists them.")],
+    part: Annotated[list[str] | None, typer.Option(help="Only this part of the model (prefill, decode); repeat it for several.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Another number of layers than the model has.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Another element type than the model's own: bf16, f16 or f32.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the bundles; without it they stay in the store.")] = None,
+    jobs: Annotated[int | None, typer.Option("--jobs", "-j", min=1, help="Worker processes; one a core without it.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, one line a model, and nothing else on stdout.")] = False,
+) -> None:
+    """Compile models ahead of time: no weights, no chip and no network needed."""
+    from rich.console import Console
+
+    from flagtree.capture.model_spec import load_spec
+    from flagtree.cli.progress import Drawn
+    from flagtree.cli.table import print_report
+    from flagtree.compile import compile_model
+    from flagtree.targets import find_target
+
+    for name in model:  # a slip in the last name should not cost the work on the first
+        load_spec(name)
+    targets = tuple(dict.fromkeys(find_target(name).name for name in target))
+    for name in model:
+        with Drawn() as progress:
+            report = compile_model(name, targets, parts=part, layers=layers, dtype=dtype, out=out, jobs=jobs, progress=progress)
+        if json:
+            typer.echo(report.to_json())
+        else:
+            print_report(report, Console())

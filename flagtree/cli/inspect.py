@@ -1,0 +1,83 @@
+"""`flagtree inspect`: what a bundle holds, read and verified without running any of its code.
+
+Prints the report that the compiler stored with each launch list, or what the launch list itself tells where there is none.
+"""
+
+from __future__ import annotations
+
+import json as json_module
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+EXAMPLES = """
+**Examples**
+
+`flagtree inspect bundles/qwen3-metax` shows kernels, tiers, coverage and whether this machine trusts it.
+
+`flagtree inspect bundles/qwen3-metax --json | jq .tiers` is for a script.
+"""
+
+
+def run(
+    bundle: Annotated[Path, typer.Argument(help="A bundle: its folder, or a single .ftb file.", show_default=False)],
+    json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")] = False,
+) -> None:
+    """Show what a bundle holds; none of its code is run."""
+    from flagtree.artifact.bundle import inspect, open_bundle
+    from flagtree.artifact.trust import is_built_here
+
+    opened = open_bundle(bundle)
+    facts = {**inspect(opened), "trusted": is_built_here(opened.digest)}
+    if json:
+        typer.echo(json_module.dumps(facts, ensure_ascii=False, default=str))
+        return
+    from rich.console import Console
+
+    console = Console()
+    for part in opened.manifest.parts:
+        _print_part(console, facts["name"], facts["target"], part, opened.part(part), facts["parts"][part])
+    _print_facts(console, facts)
+
+
+def _print_part(console: Console, model: str, target: str, name: str, launch: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
+    from rich.text import Text
+
+    from flagtree.cli.table import render_part, stored_report
+
+    report = stored_report(launch)
+    if report is not None:
+        console.print(render_part(model, report))
+        return
+    console.print(Text.assemble((f"{model} {name}", "bold"), f" for {target}"))
+    calls = sum(row["count"] for row in summary["externs"])
+    console.print(Text(f"kernels {summary['launches']} launches, externs {calls} calls, {summary['weights']} weights by name"))
+    console.print(Text(f"inputs {', '.join(summary['inputs'] + summary['states'])}; outputs {', '.join(summary['outputs'])}\n"))
+
+
+def _print_facts(console: Console, facts: Mapping[str, Any]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from flagtree.cli.table import size
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("bundle", Text(f"{facts['path']}, {size(facts['bytes'])} in {len(facts['files'])} files"))
+    table.add_row("digest", facts["digest"])
+    table.add_row("trusted", "yes, built by this machine's store" if facts["trusted"] else "no; running it needs its digest named")
+    tiers = ", ".join(f"{count} at tier {tier}" for tier, count in facts["tiers"].items())
+    table.add_row("kernels", f"{len(facts['kernels'])} distinct: {tiers}")
+    for tier, missing in dict.fromkeys((k["tier"], k["missing"]) for k in facts["kernels"].values() if k["missing"]):
+        table.add_row("missing", Text(f"beyond {tier}: {missing}"))
+    if facts["libraries"]:
+        table.add_row("levels", ", ".join(facts["libraries"]))
+    table.add_row("built by", Text(", ".join(f"{name} {version}" for name, version in facts["versions"].items()) or "not said"))
+    table.add_row("certificate", "none" if facts["certificate"] is None else "`flagtree explain certificate BUNDLE` shows it")
+    console.print(table)

@@ -1,0 +1,124 @@
+"""A compile report as tables: kernels with bytes before and after fusion, externs apart, totals, where the bundle is.
+
+Pure rendering of flagtree.check.report: adds up nothing that the report does not say, and prints a dash for what nobody told.
+The commands `compile` and `inspect` print these on stdout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from flagtree.check.report import BundleReport, CompileReport, ExternRow, KernelRow, PartReport
+
+UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+def print_report(report: CompileReport, console: Console) -> None:
+    """Every bundle of the report, one after the other."""
+    for bundle in report.bundles:
+        console.print(render_bundle(report.model, bundle))
+
+
+def render_bundle(model: str, bundle: BundleReport) -> RenderableType:
+    """The tables of each part, then the facts of the bundle."""
+    return Group(*(render_part(model, part) for part in bundle.parts), _facts(bundle))
+
+
+def render_part(model: str, part: PartReport) -> RenderableType:
+    """Kernels, then externs, then the totals of one part."""
+    at = ", ".join(f"{name} {value}" for name, value in part.reference.items())
+    title = Text.assemble((f"{model} {part.name}", "bold"), f" for {part.target}", (f", bytes at {at}" if at else "", "dim"))
+    tables: list[RenderableType] = [title, _kernels(part.kernels)]
+    if part.externs:
+        tables += [Text(), _externs(part.externs)]
+    return Group(*tables, Text(), *_totals(part), Text())
+
+
+def size(count: int | None) -> str:
+    """Bytes with three significant digits, in powers of 1000 as memory bandwidth is; a dash for what nobody told."""
+    if count is None:
+        return "-"
+    value, unit = float(count), 0
+    while value >= 999.5 and unit < len(UNITS) - 1:
+        value, unit = value / 1000, unit + 1
+    return f"{count} B" if unit == 0 else f"{value:.3g} {UNITS[unit]}"
+
+
+def short_ops(ops: Sequence[str]) -> str:
+    """`aten.pow.Tensor_Scalar` is pow; neighbours of one name are counted."""
+    names = [op.split(".")[1] if op.count(".") else op for op in ops]
+    runs = [(name, len(list(run))) for name, run in groupby(names)]
+    return ", ".join(name if count == 1 else f"{name}×{count}" for name, count in runs)
+
+
+def grid(*columns: tuple[str, str]) -> Table:
+    """An empty table with (heading, kind) columns: `left` may wrap, `whole` may not, `right` is a number."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1), collapse_padding=True)
+    for heading, side in columns:
+        table.add_column(heading, justify="right" if side == "right" else "left", overflow="fold", no_wrap=side in ("right", "whole"))
+    return table
+
+
+def _kernels(rows: Iterable[KernelRow]) -> Table:
+    table = grid(("kernel", "whole"), ("fused ops", "left"), ("tier", "whole"), ("runs", "right"), ("before", "right"), ("after", "right"),
+                  ("regs", "right"), ("shared", "right"))
+    for row in rows:
+        registers = "-" if row.registers is None else str(row.registers) + (f"+{row.spills}" if row.spills else "")
+        table.add_row(Text(row.name), Text(short_ops(row.ops)), row.tier, str(row.launches), size(row.bytes_before), size(row.bytes_after),
+                      registers, size(row.shared))
+    return table
+
+
+def _externs(rows: Iterable[ExternRow]) -> Table:
+    table = grid(("extern", "left"), ("reason", "left"), ("calls", "right"), ("bytes", "right"))
+    for row in rows:
+        table.add_row(Text(row.callee), Text(row.reason), str(row.count), size(row.bytes))
+    return table
+
+
+def _totals(part: PartReport) -> Iterable[Text]:
+    ratio = f", {part.bytes_before / part.bytes_after:.1f} times less" if part.bytes_after else ""
+    moved = f"{size(part.bytes_before)} before fusion, {size(part.bytes_after)} after{ratio}"
+    yield Text.assemble(("kernels ", "bold"), f"{part.launches_total} launches, {moved}")
+    yield Text.assemble(("externs ", "bold"), f"{part.calls_extern} calls, {size(part.bytes_extern)}")
+    if part.launches_per_layer is not None:
+        yield Text.assemble(
+            ("a layer ", "bold"), f"{part.launches_per_layer} launches, "
+            f"{size(part.bytes_before_per_layer)} before, {size(part.bytes_after_per_layer)} after, externs included")
+    ranges = ", ".join(
+        f"{name} {low} to {high}" + (f" in steps of {step}" if step != 1 else "") for name, (low, high, step) in part.symbols.items())
+    if ranges:
+        yield Text.assemble(("covers  ", "bold"), ranges)
+    yield Text.assemble(("weights ", "bold"), f"{part.weights} by name")
+
+
+def _facts(bundle: BundleReport) -> RenderableType:
+    """Where the bundle is, how far its kernels got and why not further, what was executed, what took the time."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("bundle", Text(bundle.path))
+    table.add_row("digest", bundle.digest)
+    table.add_row("kernels", f"{bundle.kernels} distinct: " + ", ".join(f"{count} at tier {tier}" for tier, count in bundle.tiers.items()))
+    for tier, missing in dict.fromkeys((row.tier, row.missing) for part in bundle.parts for row in part.kernels if row.missing):
+        table.add_row("missing", Text(f"beyond {tier}: {missing}"))
+    ran = ", ".join(f"{count} {how}" for how, count in bundle.executed.items())
+    table.add_row("executed", Text(ran or "nothing"))
+    seconds = ", ".join(f"{phase} {value:.1f} s" for phase, value in bundle.seconds.items())
+    table.add_row("time", Text(("nothing to compile, taken from the store; " if bundle.cached else "") + seconds))
+    return Group(table, Text())
+
+
+def stored_report(launch: Mapping[str, Any]) -> PartReport | None:
+    """The report that the compiler left in a launch list under `report`; None where there is none or it is not one."""
+    try:
+        return PartReport.from_dict(launch["report"])
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return None

@@ -1,0 +1,135 @@
+"""C++ source for the CPU from one isolated kernel: header-free C++17 with vector extensions, one function a kernel.
+
+The ABI stands in docs/architecture.md, the way of walking in docs/cpu.md.  A row is one point of the outer parallel axes (or a
+chunk of the lane axis); `rows` executes a range of rows, the entry splits the range over OpenMP threads when there is enough work.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import jinja2
+
+from flagtree.codegen import cpp_ops as ops
+from flagtree.codegen.cpp_index import operand_text
+from flagtree.codegen.cpp_layout import Layout, layout
+from flagtree.codegen.cpp_prelude import prelude
+from flagtree.codegen.cpp_sweeps import PARTIALS, RowWriter
+from flagtree.codegen.flat import flatten
+from flagtree.ir.index import ONE, Index
+from flagtree.ir.program import Program, Store
+from flagtree.ir.text import print_program
+
+THREAD_WORK = 32768  # points of the domain from which a second thread pays for being woken
+CHUNK = 4096  # elements of a parallel lane axis that are one row
+
+
+def symbol_name(digest: str) -> str:
+    """The function of a kernel in its object file."""
+    return f"ft_{digest[:16]}"
+
+
+def generate(program: Program, digest: str) -> str:
+    """C++ source of an isolated kernel (`ir.canonical.isolate`); the same source for every level.
+
+    Raises CodegenError for a kernel that this generator cannot express.
+    """
+    walk = layout(flatten(program))
+    multiples = {s.name: s.multiple for s in program.symbols}
+    chunk = _chunk(walk)
+    body = RowWriter(walk, multiples, chunk).row()
+    outer = _outer(walk, chunk)
+    context = {
+        "digest": digest, "symbol": symbol_name(digest), "text": print_program(program).rstrip("\n").split("\n"),
+        "widest": walk.widest, "partials": PARTIALS,
+        "head": _head(walk), "symbols": _symbols(walk), "decode": _decode(walk, outer), "advance": _advance(walk, outer),
+        "body": [*_chunk_bounds(walk, chunk), *body],
+        "count": " * ".join(_factor(walk, extent) for _, extent in outer) or "1",
+        "work": " * ".join(_factor(walk, a.extent) for a in walk.kernel.axes) or "1",
+        "threads": _may_use_threads(walk, outer), "threshold": THREAD_WORK,
+    }  # fmt: skip
+    code = "\n".join((*context["head"], *context["decode"], *context["body"], str(context["count"]), str(context["work"])))
+    return _template().render(prelude=prelude(code), **context)
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    environment = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+                                     keep_trailing_newline=True, autoescape=False)  # fmt: skip
+    return environment.get_template("cpp_kernel.cpp.j2")
+
+
+# -- rows ------------------------------------------------------------------------------------------------------------
+def _chunk(walk: Layout) -> int:
+    """Elements of the lane axis in one row: 0 (all of them) when it is reduced or short."""
+    if walk.lane is None or walk.lane_reduced:
+        return 0
+    size = CHUNK if not walk.kernel.reduced else 16 * PARTIALS
+    highest = walk.kernel.bounds.maximum(walk.lane.extent)
+    return 0 if highest is not None and highest <= size else size
+
+
+def _outer(walk: Layout, chunk: int) -> list[tuple[str, Index]]:
+    """(counter, number of values) of a row, outermost first."""
+    out = [(a.name, a.extent) for a in walk.outer]
+    if chunk and walk.lane is not None:
+        out.append(("chunk", (walk.lane.extent + (chunk - 1)) // chunk))
+    return out
+
+
+def _chunk_bounds(walk: Layout, chunk: int) -> list[str]:
+    if not chunk or walk.lane is None:
+        return []
+    return [f"const i64 chunk_begin = chunk * {chunk}, chunk_end = chunk_begin + {chunk};"]
+
+
+def _decode(walk: Layout, outer: list[tuple[str, Index]]) -> list[str]:
+    """Counters of row `begin`; later rows count on."""
+    if not outer:
+        return []
+    lines = ["if (begin >= end) return;", "i64 rest = begin;"]
+    for name, extent in reversed(outer[1:]):
+        size = _factor(walk, extent)
+        lines.append(f"i64 {name} = rest % {size}; rest /= {size};")
+    return [*lines, f"i64 {outer[0][0]} = rest;"]
+
+
+def _advance(walk: Layout, outer: list[tuple[str, Index]]) -> list[str]:
+    if not outer:
+        return []
+    text = f"++{outer[0][0]};"
+    for name, extent in outer[1:]:
+        text = f"if (++{name} == {_factor(walk, extent)}) {{ {name} = 0; {text} }}"
+    return [text]
+
+
+def _may_use_threads(walk: Layout, outer: list[tuple[str, Index]]) -> bool:
+    """Rows are independent unless two may update one element; a domain that is always small stays in one thread."""
+    if not outer or any(isinstance(op, Store) and op.mode != "set" for op in walk.kernel.body):
+        return False
+    points = ONE
+    for axis in walk.kernel.axes:
+        points = points * axis.extent
+    highest = walk.kernel.bounds.maximum(points)
+    return highest is None or highest >= THREAD_WORK
+
+
+# -- declarations ----------------------------------------------------------------------------------------------------
+def _factor(walk: Layout, index: Index) -> str:
+    return operand_text(index, {}, walk.kernel.bounds)
+
+
+def _symbols(walk: Layout) -> list[str]:
+    return [f"const i64 {name} = symbols[{k}];" for k, name in enumerate(walk.kernel.symbols)]
+
+
+def _head(walk: Layout) -> list[str]:
+    written = {op.access.buffer for op in walk.kernel.body if isinstance(op, Store)}
+    lines = []
+    for k, b in enumerate(walk.kernel.buffers):
+        const = "" if b.name in written else "const "
+        lines.append(f"{const}{ops.memory(b.dtype)} *const __restrict {b.name} = ({const}{ops.memory(b.dtype)} *)buffers[{k}];")
+    return lines + _symbols(walk)
+

@@ -1,0 +1,173 @@
+"""How the CPU walks a flat kernel: which axis lies across vector lanes, in which sweep over a row each op runs.
+
+A sweep is one pass over the reduce axes; an op that needs a reduced value runs in a later sweep, and what it needs of earlier
+values is computed again there.  A store to a buffer that the kernel also loads waits for the last sweep, so every load sees old values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from flagtree.codegen.flat import FlatKernel, operands, results
+from flagtree.errors import CodegenError
+from flagtree.ir.dtypes import DTYPES
+from flagtree.ir.index import ONE
+from flagtree.ir.program import Axis, BodyOp, Compute, IndexValue, Load, Reduce, Scan, Store
+
+WIDE_OPS = frozenset(("sin", "cos"))  # computed in f64 also for f32
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """`lane`: the axis across vector lanes (None: a kernel of one point).  `outer`: the other parallel axes, one row each point.
+    `loops`: reduce axes walked by plain loops around the lanes (or inside, when the lane axis is parallel).
+    `level`: for each value the sweep in which it can first be computed.  `widest`: bytes of the widest register lane."""
+
+    kernel: FlatKernel
+    lane: Axis | None
+    outer: tuple[Axis, ...]
+    loops: tuple[Axis, ...]
+    level: Mapping[str, int]
+    widest: int
+
+    @property
+    def lane_reduced(self) -> bool:
+        return self.lane is not None and self.lane.kind == "reduce"
+
+    @property
+    def reduced_names(self) -> frozenset[str]:
+        return frozenset(a.name for a in self.kernel.reduced)
+
+    def is_swept(self, op: BodyOp) -> bool:
+        """Runs once for each point of the reduce axes (a Reduce itself, too)."""
+        if isinstance(op, (Reduce, Scan)):
+            return True
+        if isinstance(op, Store):
+            return bool(self._store_axes(op) & self.reduced_names)
+        return bool(self.kernel.depends[op.name] & self.reduced_names)
+
+    def is_uniform(self, op: BodyOp) -> bool:
+        """Runs once a row: neither lane nor reduce axes."""
+        if isinstance(op, Reduce):
+            return False
+        axes = self._store_axes(op) if isinstance(op, Store) else self.kernel.depends[op.name]
+        return not axes & (self.reduced_names | {self.lane.name if self.lane else ""})
+
+    def _store_axes(self, op: Store) -> frozenset[str]:
+        return self.kernel.op_depends(op)
+
+    def varies_in_lanes(self, value: str) -> bool:
+        """Differs from lane to lane of one vector."""
+        return self.lane is not None and self.lane.name in self.kernel.depends.get(value, frozenset())
+
+    @property
+    def sweeps(self) -> int:
+        """How many passes over the reduce axes: one more than the last level with work in it."""
+        return max((self.sweep_of(op) + 1 for op in self.kernel.body if isinstance(op, (Reduce, Store)) and self.is_swept(op)), default=0)
+
+    def sweep_of(self, op: BodyOp) -> int:
+        """The sweep that executes a Reduce or a swept Store."""
+        first = max((self.level.get(n, 0) for n in operands(op)), default=0)
+        if isinstance(op, Store) and op.access.buffer in self._reloaded():
+            return max(first, self._last_level())
+        return first
+
+    def _reloaded(self) -> frozenset[str]:
+        loaded = {o.access.buffer for o in self.kernel.body if isinstance(o, Load)}
+        return frozenset(o.access.buffer for o in self.kernel.body if isinstance(o, Store) and o.access.buffer in loaded)
+
+    def _last_level(self) -> int:
+        tops = [o for o in self.kernel.body if isinstance(o, (Reduce, Store)) and self.is_swept(o)]
+        return max((self.level.get(n, 0) for o in tops for n in operands(o)), default=0)
+
+
+def layout(kernel: FlatKernel) -> Layout:
+    """Layout of a kernel; CodegenError for a shape of reductions that this generator does not walk."""
+    kernel = _narrow_positions(kernel)
+    _check(kernel)
+    lane = _lane(kernel)
+    outer = tuple(a for a in kernel.parallel if a != lane)
+    loops = tuple(a for a in kernel.reduced if a != lane)
+    scans = {op.axis for op in kernel.body if isinstance(op, Scan)}
+    if scans and lane is not None and lane.kind == "reduce" and lane.name not in scans:
+        lane_axis = kernel.axis(next(iter(scans)))
+        lane, loops = lane_axis, tuple(a for a in kernel.reduced if a != lane_axis)
+    loops = tuple(sorted(loops, key=lambda a: a.name in scans))  # a running value restarts when its loop is entered
+    return Layout(kernel, lane, outer, loops, _levels(kernel), _widest(kernel))
+
+
+def _check(kernel: FlatKernel) -> None:
+    names = {a.name for a in kernel.reduced}
+    for op in kernel.body:
+        if isinstance(op, Reduce) and set(op.axes) != names:
+            raise CodegenError(
+                f"cannot generate C++ for the reduction of {', '.join(op.names)}",
+                why=f"it runs over {', '.join(op.axes)} and the kernel over {', '.join(sorted(names))}; all reductions of a kernel must agree",
+            )
+    scans = {op.axis for op in kernel.body if isinstance(op, Scan)}
+    if len(scans) > 1:
+        raise CodegenError("cannot generate C++ for this kernel", why=f"it scans along several axes: {', '.join(sorted(scans))}")
+    for name in sorted(set(kernel.dtypes.values()) | {b.dtype for b in kernel.buffers}):
+        if name.startswith("f8"):
+            raise CodegenError("cannot generate C++ for this kernel", why=f"no vector code for the element type {name}")
+
+
+def _lane(kernel: FlatKernel) -> Axis | None:
+    """The schedule's choice, else the axis with unit stride in most accesses; among equals a long one, then the innermost."""
+    if not kernel.axes:
+        return None
+    if kernel.schedule is not None and kernel.schedule.lane is not None:
+        chosen = [a for a in kernel.axes if a.name == kernel.schedule.lane]
+        if chosen:
+            return chosen[0]
+    accesses = [op.access for op in kernel.body if isinstance(op, (Load, Store))]
+
+    def score(position: int) -> tuple[bool, int, int]:
+        axis = kernel.axes[position]
+        unit = sum(a.index[0].coefficient(axis.name) == ONE for a in accesses)
+        varying = sum(axis.name in a.index[0].names() for a in accesses)
+        short = axis.extent.constant is not None and axis.extent.constant < 4
+        return not short and unit > 0, 2 * unit - varying, position
+
+    return kernel.axes[max(range(len(kernel.axes)), key=score)]
+
+
+def _levels(kernel: FlatKernel) -> dict[str, int]:
+    level: dict[str, int] = {}
+    for op in kernel.body:
+        highest = max((level.get(n, 0) for n in operands(op)), default=0)
+        level.update((n, highest + isinstance(op, Reduce)) for n in results(op))
+    return level
+
+
+def _widest(kernel: FlatKernel) -> int:
+    """Bytes of the widest lane: 8 as soon as one value is 64 bits wide, else 4."""
+    wide = any(DTYPES[d].bits == 64 for d in kernel.dtypes.values())
+    return 8 if wide or any(isinstance(op, Compute) and op.op in WIDE_OPS for op in kernel.body) else 4
+
+
+def _narrow_positions(kernel: FlatKernel) -> FlatKernel:
+    """Positions that provably fit 32 bits, and are only compared, indexed with or converted, become i32: twice the lanes."""
+    exprs = {op.name: op.expr for op in kernel.body if isinstance(op, IndexValue)}
+    chosen = {n for n, e in exprs.items() if kernel.dtypes[n] == "i64" and kernel.fits_int32(e)}
+    shrinking = True
+    while shrinking:
+        blocked = {n for op in kernel.body for n in _blocked(op, chosen)}
+        shrinking = bool(blocked & chosen)
+        chosen -= blocked
+    body = tuple(replace(op, dtype="i32") if isinstance(op, IndexValue) and op.name in chosen else op for op in kernel.body)
+    return replace(kernel, body=body, dtypes={**kernel.dtypes, **dict.fromkeys(chosen, "i32")})
+
+
+def _blocked(op: BodyOp, narrow: set[str]) -> tuple[str, ...]:
+    """Values that must keep their 64 bits because of this use."""
+    if isinstance(op, (Load, IndexValue)) or (isinstance(op, Compute) and op.op == "cast"):
+        return ()
+    if isinstance(op, Compute) and op.op in ("lt", "le", "gt", "ge", "eq", "ne"):
+        fits = all(a in narrow if isinstance(a, str) else isinstance(a, int) and abs(a) < 2**31 for a in op.args)
+        return () if fits else tuple(a for a in op.args if isinstance(a, str))
+    if isinstance(op, Store):
+        return (op.value,)
+    return operands(op)
+

@@ -1,0 +1,292 @@
+"""The statements of one row: sweeps over the reduce axes, partial states, and the loops over lanes with their tails.
+
+Every reduction over lanes keeps PARTIALS partial states, element e of a piece in state e % PARTIALS, whatever the vector width,
+and joins them in one fixed tree: the same bits at every level.  A tail runs the same statements on its n lanes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from flagtree.codegen import cpp_ops as ops
+from flagtree.codegen.cpp_body import BodyWriter, carry_type
+from flagtree.codegen.cpp_index import index_text, is_multiple
+from flagtree.codegen.cpp_layout import Layout
+from flagtree.codegen.flat import operands, results
+from flagtree.codegen.segments import Segment, segments
+from flagtree.errors import CodegenError
+from flagtree.ir.index import Index
+from flagtree.ir.program import BodyOp, Reduce, Scan, Store
+
+PARTIALS = 16
+
+# combiner -> (fields of its state, start of each: a number, or "low"/"high" for the type's ends)
+STATES: dict[str, tuple[tuple[str, ...], tuple[object, ...]]] = {
+    "sum": (("value",), (0,)), "prod": (("value",), (1,)), "min": (("value",), ("high",)), "max": (("value",), ("low",)),
+    "any": (("value",), (False,)), "all": (("value",), (True,)),
+    "argmin": (("value", "index"), ("high", "high")), "argmax": (("value", "index"), ("low", "high")),
+    "welford": (("mean", "m2", "count"), (0, 0, 0)), "online_softmax": (("peak", "total"), ("low", 0)),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class RowWriter:
+    """`multiples`: what each symbol is a multiple of.  `chunk`: the lane axis is cut into pieces of that many elements, each a
+    row of its own, whose bounds are the C++ variables `chunk_begin` and `chunk_end`; 0 when it is not."""
+
+    layout: Layout
+    multiples: Mapping[str, int]
+    chunk: int
+
+    def row(self) -> list[str]:
+        """Statements of one row; the outer axes are variables around them."""
+        lane = self.layout.lane
+        if lane is None or self.layout.lane_reduced:
+            return self._reduced_row()
+        body = self.layout.kernel.body
+        hoisted = [op for op in body if self.layout.is_uniform(op) and self._level(op) == 0]
+        lines = self._statements(hoisted, self._outer_scope(), vector=False)
+        done = {n for op in hoisted for n in results(op)}
+        for piece in segments(self.layout.kernel, lane.name):
+            lines += self._block(piece, done)
+        return lines
+
+    # -- which ops ---------------------------------------------------------------------------------------------------
+    def _outer_scope(self) -> frozenset[str]:
+        return frozenset(a.name for a in self.layout.outer)
+
+    def _level(self, op: BodyOp) -> int:
+        """The first sweep before which an op outside sweeps can run."""
+        return max((self.layout.level.get(n, 0) for n in (*operands(op), *results(op))), default=0)
+
+    def _swept_slice(self, body: Iterable[BodyOp], sweep: int) -> list[BodyOp]:
+        """What a sweep executes, in order: its reductions and stores, and every swept value they need."""
+        needed: set[str] = set()
+        out: list[BodyOp] = []
+        for op in reversed(tuple(body)):
+            if isinstance(op, (Reduce, Store)):
+                wanted = self.layout.is_swept(op) and self.layout.sweep_of(op) == sweep
+            else:
+                wanted = self.layout.is_swept(op) and bool(needed & set(results(op)))
+            if wanted:
+                out.append(op)
+                needed.update(operands(op))
+        return out[::-1]
+
+    # -- the lane axis is reduced ------------------------------------------------------------------------------------
+    def _reduced_row(self) -> list[str]:
+        body, lane = self.layout.kernel.body, self.layout.lane
+        pieces = segments(self.layout.kernel, lane.name) if lane is not None else ()
+        pending = [op for op in body if not self.layout.is_swept(op)]
+        lines: list[str] = []
+        for sweep in range(self.layout.sweeps):
+            ready = [op for op in pending if self._level(op) <= sweep]
+            pending = [op for op in pending if op not in ready]
+            lines += self._statements(ready, self._outer_scope(), vector=False)
+            lines += self._lane_sweep(sweep, pieces)
+        return lines + self._statements(pending, self._outer_scope(), vector=False)
+
+    def _lane_sweep(self, sweep: int, pieces: tuple[Segment, ...]) -> list[str]:
+        reduces = [op for op in self.layout.kernel.body if isinstance(op, Reduce) and self.layout.sweep_of(op) == sweep]
+        lines = self._state(sweep, reduces) if reduces else []
+        if reduces:
+            lines += [f"{self._state_name(sweep)} part{sweep}[PARTS];", *_each_part(f"part{sweep}[k] = {self._start(reduces)};")]
+        inner: list[str] = []
+        for piece in pieces:
+            inner += self._lane_loop(sweep, piece, bool(reduces))
+        scans = [op for op in self.layout.kernel.body if isinstance(op, Scan)]
+        inner = [*(self._carry(op) for op in scans), *inner]
+        lines += self._loops(inner) if self.layout.loops else block("", inner) if scans else inner
+        for op in reduces:
+            lines += self._finish(op, sweep)
+        return lines
+
+    def _lane_loop(self, sweep: int, piece: Segment, reducing: bool) -> list[str]:
+        """Full vectors, then the tail: the same statements, called with fewer lanes."""
+        lane = self._lane_name
+        chosen = self._swept_slice(piece.body, sweep)
+        if not chosen:
+            return []
+        scope = self._outer_scope() | {a.name for a in self.layout.loops} | {lane}
+        state = f", {self._state_name(sweep)} &part" if reducing else ""
+        step = block(f"const auto step = [&](const i64 {lane}, const int n{state}) __attribute__((always_inline))",
+                     self._statements(chosen, scope, vector=True), ";")  # fmt: skip
+        lo, hi = self._text(piece.lo), self._text(piece.hi)
+        extent = piece.hi - piece.lo
+        lines = [*step, f"i64 at = {lo};", f"const i64 end = {hi};"]
+        per, call = ("PARTIALS", f"step(at + k * W, W{f', part{sweep}[k]' if reducing else ''});")
+        if not reducing:
+            per, call = "W", "step(at, W);"
+        if extent.constant is None or extent.constant >= (PARTIALS if reducing else 2):
+            loop = _each_part(call) if reducing else [call]
+            lines += block(f"for (; at + {per} <= end; at += {per})", loop)
+        if not is_multiple(extent, PARTIALS, self.multiples):
+            lines += self._tail(sweep, reducing)
+        return block("", lines)
+
+    def _tail(self, sweep: int, reducing: bool) -> list[str]:
+        if not reducing:
+            return ["if (at < end) step(at, (int)(end - at));"]
+        # a copy, so that only the copy needs an address: the partial states of the loop above stay in registers
+        copy = [f"{self._state_name(sweep)} rest[PARTS];", *_each_part(f"rest[k] = part{sweep}[k];")]
+        call = "for (int k = 0; at < end; ++k, at += W) step(at, (int)(end - at < W ? end - at : W), rest[k]);"
+        return block("if (at < end)", [*copy, call, *_each_part(f"part{sweep}[k] = rest[k];")])
+
+    # -- the lane axis is parallel -----------------------------------------------------------------------------------
+    def _block(self, piece: Segment, done: set[str]) -> list[str]:
+        """A loop over vectors of lanes; reduce axes, if any, are plain loops inside."""
+        lane = self._lane_name
+        pending = [op for op in piece.body if not self.layout.is_swept(op) and not self._is_hoisted(op, done)]
+        scope = self._outer_scope() | {lane}
+        inner: list[str] = []
+        for sweep in range(self.layout.sweeps):
+            ready = [op for op in pending if self._level(op) <= sweep]
+            pending = [op for op in pending if op not in ready]
+            inner += self._statements(ready, scope, vector=True) + self._inner_sweep(sweep, piece)
+        inner += self._statements(pending, scope, vector=True)
+        if not inner:
+            return []
+        step = block(f"const auto step = [&](const i64 {lane}, const int n) __attribute__((always_inline))", inner, ";")
+        lines = [*step, f"i64 at = {self._text(piece.lo)}, end = {self._text(piece.hi)};"]
+        if self.chunk:
+            lines += ["if (at < chunk_begin) at = chunk_begin;", "if (end > chunk_end) end = chunk_end;"]
+        lines.append("for (; at + W <= end; at += W) step(at, W);")
+        if not (is_multiple(piece.hi, PARTIALS, self.multiples) and is_multiple(piece.lo, PARTIALS, self.multiples)):
+            lines.append("if (at < end) step(at, (int)(end - at));")
+        return block("", lines)
+
+    def _is_hoisted(self, op: BodyOp, done: set[str]) -> bool:
+        if isinstance(op, Store):
+            return self.layout.is_uniform(op) and self._level(op) == 0
+        return bool(done & set(results(op)))
+
+    def _inner_sweep(self, sweep: int, piece: Segment) -> list[str]:
+        chosen = self._swept_slice(piece.body, sweep)
+        if not chosen:
+            return []
+        reduces = [op for op in chosen if isinstance(op, Reduce)]
+        lines = self._state(sweep, reduces) if reduces else []
+        if reduces:
+            lines.append(f"{self._state_name(sweep)} part = {self._start(reduces)};")
+        scope = self._outer_scope() | {a.name for a in self.layout.loops} | {self._lane_name}
+        carries = [self._carry(op) for op in chosen if isinstance(op, Scan)]
+        lines += self._loops(self._statements(chosen, scope, vector=True), carries)
+        for op in reduces:
+            lines += self._results(op, f"part.{_member(op)}")
+        return lines
+
+    # -- reductions --------------------------------------------------------------------------------------------------
+    def _state_name(self, sweep: int) -> str:
+        return f"sweep{sweep}_state"
+
+    def _state(self, sweep: int, reduces: list[Reduce]) -> list[str]:
+        return block(f"struct {self._state_name(sweep)}", [f"{_type(op)} {_member(op)};" for op in reduces], ";")
+
+    def _start(self, reduces: list[Reduce]) -> str:
+        return "{" + ", ".join(_start(op) for op in reduces) + "}"
+
+    def _accumulate(self, op: Reduce, lanes_reduced: bool) -> str:
+        source = self.layout.kernel.dtypes
+        values = [_converted(a, source[a], d) for a, d in zip(op.args, _accumulators(op), strict=True)]
+        member, step = f"part.{_member(op)}", f"{_type(op)}{{{', '.join(values)}}}"
+        joined = f"combine({member}, {step})"
+        return f"{member} = {f'keep(n, {joined}, {member})' if lanes_reduced else joined};"
+
+    def _finish(self, op: Reduce, sweep: int) -> list[str]:
+        name = _member(op)
+        return [f"{_type(op)} {name}_parts[PARTS];", *_each_part(f"{name}_parts[k] = part{sweep}[k].{name};"),
+                f"const {_type(op)} {name}_all = tree({name}_parts);", *self._results(op, f"{name}_all")]  # fmt: skip
+
+    def _results(self, op: Reduce, state: str) -> list[str]:
+        lines = []
+        for name, dtype, accumulator, part in zip(op.names, op.dtypes, _accumulators(op), STATES[op.combiner][0], strict=True):
+            text = f"{state}.{part}"
+            if ops.register(accumulator) != ops.register(dtype):
+                text = f"to_{ops.register(dtype)}({text})"
+            lines.append(f"{ops.register(dtype)}v {name} = {ops.rounded(text, dtype)};")
+        return lines
+
+    # -- text --------------------------------------------------------------------------------------------------------
+    @property
+    def _lane_name(self) -> str:
+        assert self.layout.lane is not None
+        return self.layout.lane.name
+
+    def _text(self, index: Index) -> str:
+        return index_text(index, {}, self.layout.kernel.bounds)
+
+    def _statements(self, body: Iterable[BodyOp], scope: frozenset[str], vector: bool) -> list[str]:
+        writer = BodyWriter(self.layout, scope, vector)
+        for op in body:
+            if isinstance(op, Reduce):
+                writer.lines.append(self._accumulate(op, self.layout.lane_reduced))
+            else:
+                writer.write(op)
+        return writer.lines
+
+    def _carry(self, op: Scan) -> str:
+        kind = carry_type(op)
+        vector = self.layout.lane is None or self._lane_name != op.axis
+        start = _end(kind, STATES[op.combiner][1][0], op.dtype)
+        return f"{kind}v {op.name}_carry = splat({start});" if vector else f"{kind} {op.name}_carry = {start};"
+
+    def _loops(self, inner: list[str], carries: Iterable[str] = ()) -> list[str]:
+        """Plain loops over the reduce axes; running values start where the innermost is entered."""
+        lines = inner
+        for position, axis in enumerate(reversed(self.layout.loops)):
+            lines = block(f"for (i64 {axis.name} = 0; {axis.name} < {self._text(axis.extent)}; ++{axis.name})", lines)
+            if not position:
+                lines = [*carries, *lines]
+        return lines
+
+
+def block(head: str, lines: list[str], tail: str = "") -> list[str]:
+    """`head { lines }`, the lines indented."""
+    return [f"{head} {{".lstrip(), *("  " + line for line in lines), "}" + tail]
+
+
+def _each_part(statement: str) -> list[str]:
+    return ["#pragma GCC unroll 8", f"for (int k = 0; k < PARTS; ++k) {statement}"]
+
+
+def _member(op: Reduce) -> str:
+    return op.names[0]
+
+
+def _accumulators(op: Reduce) -> tuple[str, ...]:
+    """The dtype in which each part of a state is carried: half floats in f32, a welford count like the mean."""
+    wide = tuple("f32" if ops.register(d) == "f32" else d for d in op.dtypes)
+    return (wide[0],) * 3 if op.combiner == "welford" else wide
+
+
+def _type(op: Reduce) -> str:
+    if op.combiner not in STATES:
+        raise CodegenError(f"cannot generate C++ for the combiner '{op.combiner}'")
+    kinds = dict.fromkeys((f"{ops.register(d)}v" for d in _accumulators(op)), None) if not op.combiner.startswith("arg") else \
+        [f"{ops.register(d)}v" for d in _accumulators(op)]  # fmt: skip
+    return f"{op.combiner}_state<{', '.join(kinds)}>"
+
+
+def _start(op: Reduce) -> str:
+    starts = STATES[op.combiner][1]
+    return "{" + ", ".join(f"splat({_end(ops.register(d), s, d)})" for d, s in zip(_accumulators(op), starts, strict=True)) + "}"
+
+
+def _end(register: str, start: object, dtype: str) -> str:
+    """A start value as a scalar of the register type."""
+    if register in ("f32", "f64"):
+        number = {"low": -float("inf"), "high": float("inf")}.get(str(start), start)
+        return ops.literal(float(number), register)  # type: ignore[arg-type]
+    if isinstance(start, bool):
+        return f"i32({-1 if start else 0})"
+    bits = 64 if register == "i64" else 32
+    number = {"low": -(2 ** (bits - 1)), "high": 2 ** (bits - 1) - 1}.get(str(start), start)
+    if dtype == "b1" and start in ("low", "high"):  # true is -1: the larger b1 is the smaller mask
+        number = 0 if start == "low" else -1
+    return f"{register}({ops.literal(int(number), register)})"  # type: ignore[call-overload]
+
+
+def _converted(name: str, source: str, accumulator: str) -> str:
+    return ops.cast(name, source, accumulator)
+

@@ -1,0 +1,112 @@
+// States that reductions carry.  `combine` is associative up to rounding; PARTIALS partial states, element e in state e % PARTIALS,
+// are joined in one fixed tree, so that the width of a vector never shows in a result.
+//@ swap_lanes
+#if defined(__clang__)
+template <class V> INLINE V swap_lanes(V v, int h) {
+  V r = v;
+  for (int l = 0; l < W; ++l) r[l] = v[l ^ h];
+  return r;
+}
+#else
+INLINE f32v swap_lanes(f32v v, int h) { return __builtin_shuffle(v, lanes ^ h); }
+INLINE i32v swap_lanes(i32v v, int h) { return __builtin_shuffle(v, lanes ^ h); }
+INLINE f64v swap_lanes(f64v v, int h) { return __builtin_shuffle(v, lanes64 ^ (i64)h); }
+INLINE i64v swap_lanes(i64v v, int h) { return __builtin_shuffle(v, lanes64 ^ (i64)h); }
+#endif
+//@ tree
+// state i with state i + h for h = PARTIALS / 2, ..., 1; the result is in every lane
+template <class S> INLINE S tree(S *s) {
+#pragma GCC unroll 8
+  for (int h = PARTS / 2; h > 0; h /= 2)
+#pragma GCC unroll 8
+    for (int k = 0; k < h; ++k) s[k] = combine(s[k], s[k + h]);
+  S r = s[0];
+#pragma GCC unroll 8
+  for (int h = W / 2; h > 0; h /= 2) r = combine(r, swap_lanes(r, h));
+  return r;
+}
+//@ sum_state
+template <class V> struct sum_state { V value; };
+template <class V> INLINE sum_state<V> combine(sum_state<V> a, sum_state<V> b) { return {a.value + b.value}; }
+template <class V> INLINE sum_state<V> keep(int n, sum_state<V> a, sum_state<V> b) { return {keep(n, a.value, b.value)}; }
+template <class V> INLINE sum_state<V> swap_lanes(sum_state<V> a, int h) { return {swap_lanes(a.value, h)}; }
+//@ prod_state
+template <class V> struct prod_state { V value; };
+template <class V> INLINE prod_state<V> combine(prod_state<V> a, prod_state<V> b) { return {a.value * b.value}; }
+template <class V> INLINE prod_state<V> keep(int n, prod_state<V> a, prod_state<V> b) { return {keep(n, a.value, b.value)}; }
+template <class V> INLINE prod_state<V> swap_lanes(prod_state<V> a, int h) { return {swap_lanes(a.value, h)}; }
+//@ min_state
+template <class V> struct min_state { V value; };
+template <class V> INLINE min_state<V> combine(min_state<V> a, min_state<V> b) { return {minimum(a.value, b.value)}; }
+template <class V> INLINE min_state<V> keep(int n, min_state<V> a, min_state<V> b) { return {keep(n, a.value, b.value)}; }
+template <class V> INLINE min_state<V> swap_lanes(min_state<V> a, int h) { return {swap_lanes(a.value, h)}; }
+//@ max_state
+template <class V> struct max_state { V value; };
+template <class V> INLINE max_state<V> combine(max_state<V> a, max_state<V> b) { return {maximum(a.value, b.value)}; }
+template <class V> INLINE max_state<V> keep(int n, max_state<V> a, max_state<V> b) { return {keep(n, a.value, b.value)}; }
+template <class V> INLINE max_state<V> swap_lanes(max_state<V> a, int h) { return {swap_lanes(a.value, h)}; }
+//@ any_state
+template <class V> struct any_state { V value; };
+template <class V> INLINE any_state<V> combine(any_state<V> a, any_state<V> b) { return {a.value | b.value}; }
+template <class V> INLINE any_state<V> keep(int n, any_state<V> a, any_state<V> b) { return {keep(n, a.value, b.value)}; }
+template <class V> INLINE any_state<V> swap_lanes(any_state<V> a, int h) { return {swap_lanes(a.value, h)}; }
+//@ all_state
+template <class V> struct all_state { V value; };
+template <class V> INLINE all_state<V> combine(all_state<V> a, all_state<V> b) { return {a.value & b.value}; }
+template <class V> INLINE all_state<V> keep(int n, all_state<V> a, all_state<V> b) { return {keep(n, a.value, b.value)}; }
+template <class V> INLINE all_state<V> swap_lanes(all_state<V> a, int h) { return {swap_lanes(a.value, h)}; }
+//@ argmax_state
+// the first NaN wins over all, then the larger value, then the smaller index
+template <class V, class I> struct argmax_state { V value; I index; };
+template <class V, class I> INLINE argmax_state<V, I> combine(argmax_state<V, I> a, argmax_state<V, I> b) {
+  i32v a_nan = mask(a.value != a.value), b_nan = mask(b.value != b.value), first = mask(a.index <= b.index);
+  i32v a_wins = (a_nan & (~b_nan | first)) | (~a_nan & ~b_nan & (mask(a.value > b.value) | (mask(a.value == b.value) & first)));
+  return {select(a_wins, a.value, b.value), select(a_wins, a.index, b.index)};
+}
+template <class V, class I> INLINE argmax_state<V, I> keep(int n, argmax_state<V, I> a, argmax_state<V, I> b) {
+  return {keep(n, a.value, b.value), keep(n, a.index, b.index)};
+}
+template <class V, class I> INLINE argmax_state<V, I> swap_lanes(argmax_state<V, I> a, int h) {
+  return {swap_lanes(a.value, h), swap_lanes(a.index, h)};
+}
+//@ argmin_state
+template <class V, class I> struct argmin_state { V value; I index; };
+template <class V, class I> INLINE argmin_state<V, I> combine(argmin_state<V, I> a, argmin_state<V, I> b) {
+  i32v a_nan = mask(a.value != a.value), b_nan = mask(b.value != b.value), first = mask(a.index <= b.index);
+  i32v a_wins = (a_nan & (~b_nan | first)) | (~a_nan & ~b_nan & (mask(a.value < b.value) | (mask(a.value == b.value) & first)));
+  return {select(a_wins, a.value, b.value), select(a_wins, a.index, b.index)};
+}
+template <class V, class I> INLINE argmin_state<V, I> keep(int n, argmin_state<V, I> a, argmin_state<V, I> b) {
+  return {keep(n, a.value, b.value), keep(n, a.index, b.index)};
+}
+template <class V, class I> INLINE argmin_state<V, I> swap_lanes(argmin_state<V, I> a, int h) {
+  return {swap_lanes(a.value, h), swap_lanes(a.index, h)};
+}
+//@ welford_state
+// mean, sum of squared distances from it, and count, joined by Chan's rule; an empty state joins to nothing
+template <class V> struct welford_state { V mean, m2, count; };
+template <class V> INLINE welford_state<V> combine(welford_state<V> a, welford_state<V> b) {
+  V count = a.count + b.count, share = count != 0 ? b.count / count : count, delta = b.mean - a.mean;
+  return {a.mean + delta * share, a.m2 + (b.m2 + delta * delta * (a.count * share)), count};
+}
+template <class V> INLINE welford_state<V> keep(int n, welford_state<V> a, welford_state<V> b) {
+  return {keep(n, a.mean, b.mean), keep(n, a.m2, b.m2), keep(n, a.count, b.count)};
+}
+template <class V> INLINE welford_state<V> swap_lanes(welford_state<V> a, int h) {
+  return {swap_lanes(a.mean, h), swap_lanes(a.m2, h), swap_lanes(a.count, h)};
+}
+//@ online_softmax_state
+// the running maximum and the sum of exp(x - maximum); both -inf: the sums simply add
+template <class V> struct online_softmax_state { V peak, total; };
+template <class V> INLINE online_softmax_state<V> combine(online_softmax_state<V> a, online_softmax_state<V> b) {
+  V peak = maximum(a.peak, b.peak);
+  V scale_a = a.peak == peak ? a.peak * 0 + 1 : exp_of(a.peak - peak);
+  V scale_b = b.peak == peak ? b.peak * 0 + 1 : exp_of(b.peak - peak);
+  return {peak, a.total * scale_a + b.total * scale_b};
+}
+template <class V> INLINE online_softmax_state<V> keep(int n, online_softmax_state<V> a, online_softmax_state<V> b) {
+  return {keep(n, a.peak, b.peak), keep(n, a.total, b.total)};
+}
+template <class V> INLINE online_softmax_state<V> swap_lanes(online_softmax_state<V> a, int h) {
+  return {swap_lanes(a.peak, h), swap_lanes(a.total, h)};
+}

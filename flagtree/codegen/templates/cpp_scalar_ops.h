@@ -1,0 +1,68 @@
+// Elementwise operations that every register type shares, and integer division; see cpp_math.h for transcendental functions.
+//@ minimum maximum
+// NaN if either is NaN
+template <class V> INLINE V minimum(V a, V b) { return (a < b) | (a != a) ? a : b; }
+template <class V> INLINE V maximum(V a, V b) { return (a > b) | (a != a) ? a : b; }
+//@ absolute
+INLINE f32v absolute(f32v x) { return floats(bits(x) & 0x7fffffff); }
+INLINE f64v absolute(f64v x) { return floats64(bits64(x) & 0x7fffffffffffffff); }
+INLINE i32v absolute(i32v x) { return x < 0 ? -x : x; }
+INLINE i64v absolute(i64v x) { return x < 0 ? -x : x; }
+//@ copy_sign
+INLINE f32v copy_sign(f32v x, f32v s) { return floats((bits(x) & 0x7fffffff) | (bits(s) & (i32)0x80000000)); }
+INLINE f64v copy_sign(f64v x, f64v s) { return floats64((bits64(x) & 0x7fffffffffffffff) | (bits64(s) & (i64)0x8000000000000000)); }
+//@ sign_of
+INLINE f32v sign_of(f32v x) { return x > 0 ? splat(1.f) : x < 0 ? splat(-1.f) : splat(0.f); }
+INLINE f64v sign_of(f64v x) { return x > 0 ? splat(1.) : x < 0 ? splat(-1.) : splat(0.); }
+INLINE i32v sign_of(i32v x) { return (x < 0) - (x > 0); }
+INLINE i64v sign_of(i64v x) { return (x < 0) - (x > 0); }
+//@ round_even
+// adding 2^23 (2^52) leaves no room for a fraction; larger numbers, inf and NaN have none
+INLINE f32v round_even(f32v x) {
+  f32v a = absolute(x), r = (a + 8388608.f) - 8388608.f;
+  return copy_sign(a < 8388608.f ? r : a, x);
+}
+INLINE f64v round_even(f64v x) {
+  f64v a = absolute(x), r = (a + 4503599627370496.) - 4503599627370496.;
+  return copy_sign(a < 4503599627370496. ? r : a, x);
+}
+//@ floor_of ceil_of trunc_of
+template <class V> INLINE V floor_of(V x) { V r = round_even(x); return copy_sign(r > x ? r - 1 : r, x); }
+template <class V> INLINE V ceil_of(V x) { V r = round_even(x); return copy_sign(r < x ? r + 1 : r, x); }
+template <class V> INLINE V trunc_of(V x) { V a = absolute(x), r = round_even(a); return copy_sign(r > a ? r - 1 : r, x); }
+//@ square_root
+INLINE f32v square_root(f32v x) {
+  f32 t[W];
+  __builtin_memcpy(t, &x, sizeof x);
+  for (int l = 0; l < W; ++l) t[l] = __builtin_sqrtf(t[l]);
+  __builtin_memcpy(&x, t, sizeof x);
+  return x;
+}
+INLINE f64v square_root(f64v x) {
+  f64 t[W];
+  __builtin_memcpy(t, &x, sizeof x);
+  for (int l = 0; l < W; ++l) t[l] = __builtin_sqrt(t[l]);
+  __builtin_memcpy(&x, t, sizeof x);
+  return x;
+}
+//@ divide_trunc
+// rounds to zero; by 0 (undefined) and the one overflow give a value and do not trap, also in lanes beyond the data
+template <class V> INLINE V divide_trunc(V a, V b) {
+  V safe = (b == 0) | (b == -1) ? b - b + 1 : b;
+  return b == -1 ? -a : a / safe;
+}
+//@ divide_floor
+template <class V> INLINE V divide_floor(V a, V b) {
+  V q = divide_trunc(a, b), r = a - q * b;
+  return (r != 0) & ((r ^ b) < 0) ? q - 1 : q;
+}
+//@ modulo
+template <class V> INLINE V modulo(V a, V b) { return a - divide_floor(a, b) * b; }
+//@ remainder_trunc
+template <class V> INLINE V remainder_trunc(V a, V b) { return a - divide_trunc(a, b) * b; }
+//@ shift_left shift_right
+// a count outside the width gives 0, or the sign
+INLINE i32v shift_left(i32v a, i32v b, int width) { return (b < 0) | (b >= width) ? i32v{} : (i32v)((u32v)a << (u32v)(b & 31)); }
+INLINE i64v shift_left(i64v a, i64v b, int width) { return (b < 0) | (b >= width) ? i64v{} : (i64v)((u64v)a << (u64v)(b & 63)); }
+INLINE i32v shift_right(i32v a, i32v b, int width) { return (b < 0) | (b >= width) ? a >> 31 : a >> (b & 31); }
+INLINE i64v shift_right(i64v a, i64v b, int width) { return (b < 0) | (b >= width) ? a >> 63 : a >> (b & 63); }

@@ -1,0 +1,41 @@
+"""What stays a call to the platform's library: the reasons, and the operands that such a call writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import fx
+
+_GEMM = "matrix product: the platform's library"
+_CONV = "convolution: the platform's library"
+_ATTENTION = "attention: the platform's library"
+_RANDOM = "random numbers: the generator's own order is kept"
+_LAYOUT = "uninitialised memory: allocation only"
+REASONS = {
+    **dict.fromkeys(("aten.linear", "aten.mm", "aten.bmm", "aten.addmm", "aten.baddbmm", "aten.matmul", "aten.einsum", "aten.mv", "aten.dot"), _GEMM),
+    **dict.fromkeys(("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution"), _CONV),
+    **dict.fromkeys(("aten.scaled_dot_product_attention", "flagtree.attend", "flagtree.attention"), _ATTENTION),
+    **dict.fromkeys(("aten.rand", "aten.randn", "aten.rand_like", "aten.randn_like", "aten.bernoulli", "aten.native_dropout"), _RANDOM),
+    **dict.fromkeys(("aten.empty", "aten.empty_like", "aten.new_empty", "aten.empty_strided", "aten.new_empty_strided"), _LAYOUT),
+    "aten.embedding": "embedding: eager checks each index, and a row copy gains nothing from fusion",
+    "aten.batch_norm": "batch norm in training: updates the running statistics",
+}
+# written although the schema does not say so: operator -> operand positions
+_HIDDEN_WRITES = {"aten.batch_norm.default": (3, 4), "aten.native_batch_norm.default": (3, 4)}
+
+
+def reason_for(packet: str) -> str:
+    """Why an operator that no rule takes is a call."""
+    return REASONS.get(packet, f"no lowering rule for {packet}")
+
+
+def written_operands(node: fx.Node) -> Iterator[fx.Node]:
+    """Operand nodes that the call writes, from the schema's alias annotations."""
+    schema = node.target._schema
+    positions = _HIDDEN_WRITES.get(str(node.target), ())
+    for k, argument in enumerate(schema.arguments):
+        value = node.args[k] if k < len(node.args) else node.kwargs.get(argument.name)
+        written = (argument.alias_info is not None and argument.alias_info.is_write) or k in positions
+        if written:
+            values = value if isinstance(value, (list, tuple)) else (value,)
+            yield from (v for v in values if isinstance(v, fx.Node))

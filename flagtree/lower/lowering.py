@@ -1,0 +1,468 @@
+"""Normalised ATen FX graph to Program: every call becomes a Kernel, an Extern with its reason, or a view.
+
+Views cost nothing: a result that shares storage with an earlier buffer becomes an alias with offset and strides, whatever
+operator made it.  In-place operators store into their operand's buffer; order and aliases carry the meaning.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from flagtree.errors import LoweringError
+from flagtree.ir.dtypes import TORCH_NAMES
+from flagtree.ir.index import ZERO, Index, Quotient, contiguous_strides, from_sympy
+from flagtree.ir.program import Alias, Buffer, Extern, Operand, Origin, Program, Ref, Step, Symbol, TypeArg
+from flagtree.lower.builder import Body, Tensor, Value, compute_type
+from flagtree.lower.externs import reason_for, written_operands
+from flagtree.lower.memory import MEMORY
+from flagtree.lower.pointwise import KEPT_OPERANDS, POINTWISE, REFUSED_OVERLOADS, NotLowered
+from flagtree.lower.reduction import REDUCTIONS
+
+FROM_TORCH = {getattr(torch, v): k for k, v in TORCH_NAMES.items() if hasattr(torch, v)}
+RULES = {**REDUCTIONS, **MEMORY}
+# they change a tensor's autograd record, not its values
+NO_OPERATION = frozenset({"aten.detach_", "aten.lift_fresh", "aten.requires_grad_"})
+UNBOUNDED = 2**48  # what a size without an upper bound counts as
+
+
+def _packet(op: torch._ops.OpOverload) -> str:
+    return f"{op.namespace}.{op.overloadpacket.__name__}"
+
+
+def lowers(op: torch._ops.OpOverload) -> bool:
+    """Does lowering take this operator whole?  (What capture keeps; the rest is decomposed where it can be.)"""
+    packet, name = _packet(op), str(op)
+    base = packet.removesuffix("_")
+    return packet in RULES or name in RULES or packet in POINTWISE or (base in POINTWISE and packet.endswith("_"))
+
+
+class Call:
+    """One operator call as a rule sees it: operands by position or name, results as tensors, `emit` for its kernels."""
+
+    def __init__(self, lowering: Lowering, node: fx.Node) -> None:
+        self.lowering, self.node = lowering, node
+        self.op: torch._ops.OpOverload = node.target
+        self.packet, self.overload = _packet(self.op), self.op._overloadname
+        self.origin = node.meta.get("origin") or Origin(node.name)
+
+    def node_argument(self, position: int) -> Any:
+        return self.node.args[position] if position < len(self.node.args) else None
+
+    def argument(self, position: int, name: str) -> Any:
+        """Operand by position, else by keyword, else the schema's default."""
+        if position < len(self.node.args):
+            return self.node.args[position]
+        if name in self.node.kwargs:
+            return self.node.kwargs[name]
+        return next((a.default_value for a in self.op._schema.arguments if a.name == name and a.has_default_value()), None)
+
+    def is_tensor(self, position: int) -> bool:
+        return isinstance(self.node_argument(position), fx.Node)
+
+    def tensor(self, position: int) -> Tensor:
+        value = self.node_argument(position)
+        if not isinstance(value, fx.Node):
+            raise NotLowered(f"operand {position} is not a tensor")
+        return self.lowering.tensor(value)
+
+    def optional_tensor(self, position: int, name: str) -> Tensor | None:
+        value = self.argument(position, name)
+        return self.lowering.tensor(value) if isinstance(value, fx.Node) else None
+
+    def tensors(self, position: int) -> list[Tensor]:
+        return [self.lowering.tensor(n) for n in self.node_argument(position)]
+
+    def number(self, body: Body, value: Any, dtype: str) -> Value:
+        if isinstance(value, torch.SymInt):
+            return body.cast(body.index(self.lowering.index(value)), dtype)
+        if isinstance(value, (torch.SymFloat, torch.SymBool)):
+            raise NotLowered("symbolic number that is not an integer")
+        return body.constant(value, dtype)
+
+    def device(self, position: int) -> str:
+        value = self.node_argument(position)
+        return str(value.meta["val"].device) if isinstance(value, fx.Node) else ""
+
+    def out(self) -> Tensor:
+        return self.lowering.result(self.node)
+
+    def outs(self) -> list[Tensor | None]:
+        """Results in order; None for one that nobody reads."""
+        if isinstance(self.node.meta["val"], torch.Tensor):
+            return [self.out()]
+        items = {n.args[1]: n for n in self.node.users if n.target is operator.getitem}
+        count = len(self.node.meta["val"])
+        return [self.lowering.result(items[k]) if k in items and items[k].users else None for k in range(count)]
+
+    def emit(self, body: Body, suffix: str = "") -> None:
+        name = f"{self.node.name}_{suffix}" if suffix else self.node.name
+        kernel = body.kernel(self.lowering.step_name(name), origins=(self.origin,), ops=(str(self.op),))
+        self.lowering.steps.append(kernel)
+
+    def extern(self, callee: str, args: tuple[Operand, ...], reason: str) -> None:
+        """A call with one result that takes the place of this one."""
+        out = self.out()
+        name = self.lowering.step_name(self.node.name)
+        self.lowering.steps.append(Extern(name, callee, args, (out.name,), reason=reason, origins=(self.origin,)))
+
+
+class Lowering:
+    """State of one lowering: buffers by name, the buffer of each node, the root buffer of each storage, steps so far."""
+
+    def __init__(self, name: str, names_of_symbols: dict[str, str] | None = None) -> None:
+        self.name = name
+        self.buffers: dict[str, Buffer] = {}
+        self.of_node: dict[fx.Node, str] = {}
+        self.root_of_storage: dict[int, str] = {}
+        self.offset_of: dict[str, Index] = {}
+        self.steps: list[Step] = []
+        self.symbols: dict[str, Symbol] = {}
+        self.renamed: dict[str, str] = names_of_symbols or {}
+        self._step_names: set[str] = set()
+        self.equalities: dict[Any, Any] | None = None
+        self.multiples: dict[str, int] = {}
+        self.shared_inputs: set[str] = set()  # inputs that lie in one storage with another
+
+    # -- symbols -----------------------------------------------------------------------------------------------------
+    def index(self, value: object) -> Index:
+        """Index of an int or SymInt; raises NotLowered for an expression that indices do not carry."""
+        if isinstance(value, int):
+            return Index.of(value)
+        if isinstance(value, torch.SymInt):
+            found = from_sympy(self._expression(value), self._symbol_name)
+            if found is None:
+                raise NotLowered(f"size {value.node.expr} is no polynomial with floor divisions")
+            return self._divisible(found)
+        raise NotLowered(f"{value!r} is not an integer")
+
+    def stride(self, value: object) -> Index:
+        """As `index`; torch writes Max(1, n) for sizes inside strides, which differs from n only in a tensor without elements."""
+        if isinstance(value, torch.SymInt):
+            expr = self._expression(value).replace(_is_floor_of_one, lambda e: next(a for a in e.args if a != 1))
+            found = from_sympy(expr, self._symbol_name)
+            if found is not None:
+                return self._divisible(found)
+        return self.index(value)
+
+    def _divisible(self, index: Index) -> Index:
+        """A size n that a guard made a multiple of k is written k * (n // k), so that its parts cancel."""
+        return index.substitute({self._symbol_name(n): k * Index((((Quotient(Index.of(self._symbol_name(n)), Index.of(k)),), 1),)) for n, k in self.multiples.items()})
+
+    def _expression(self, value: torch.SymInt) -> Any:
+        """The size with everything that the trace's guards equate replaced by one spelling."""
+        if self.equalities is None:
+            self.equalities, self.multiples = _equalities(value.node.shape_env)
+        return value.node.expr.xreplace(self.equalities)
+
+    def _symbol_name(self, name: str) -> str:
+        return self.renamed.setdefault(name, f"s{len(self.renamed)}")
+
+    def declare_symbols(self, buffer: str, fake: torch.Tensor) -> None:
+        """A symbol is known from the first dimension (else stride) that is exactly it."""
+        for kind, sizes in (("dim", fake.shape), ("stride", fake.stride())):
+            for k, size in enumerate(sizes):
+                if isinstance(size, torch.SymInt):
+                    self._declare(size, (kind, buffer, k))
+
+    def _declare(self, value: torch.SymInt, source: tuple) -> None:
+        expr = self._expression(value)
+        if not expr.is_Symbol or self._symbol_name(expr.name) in self.symbols:
+            return
+        lo, hi = _range_of(value.node.shape_env, expr)
+        name = self._symbol_name(expr.name)
+        self.symbols[name] = Symbol(name, lo, hi, source)
+
+    # -- buffers -----------------------------------------------------------------------------------------------------
+    def tensor(self, node: fx.Node) -> Tensor:
+        buffer = self.buffers[self.of_node[node]]
+        return Tensor(buffer.name, buffer.dtype, buffer.shape)
+
+    def _geometry(self, fake: torch.Tensor) -> tuple[str, tuple[Index, ...], tuple[Index, ...]]:
+        if fake.dtype not in FROM_TORCH:
+            raise NotLowered(f"element type {fake.dtype}")
+        if fake.layout is not torch.strided:
+            raise NotLowered(f"layout {fake.layout}")
+        return FROM_TORCH[fake.dtype], tuple(self.index(n) for n in fake.shape), tuple(self.stride(n) for n in fake.stride())
+
+    def add_buffer(self, name: str, fake: torch.Tensor, role: str) -> str:
+        dtype, shape, strides = self._geometry(fake)
+        plain = None if strides == contiguous_strides(shape) else strides
+        self.buffers[name] = Buffer(name, dtype, shape, role, plain)
+        self.root_of_storage[_storage(fake)] = name
+        self.offset_of[name] = self.index(fake.storage_offset())
+        return name
+
+    def temp(self, call: Call, suffix: str, dtype: str, shape: Sequence[Index]) -> Tensor:
+        """An intermediate of one rule."""
+        name = f"{call.node.name}_{suffix}"
+        self.buffers[name] = Buffer(name, dtype, tuple(shape))
+        return Tensor(name, dtype, tuple(shape))
+
+    def result(self, node: fx.Node) -> Tensor:
+        """The buffer of a call's result, declared on first use."""
+        if node not in self.of_node:
+            self.of_node[node] = self.add_buffer(node.name, node.meta["val"], "temp")
+        return self.tensor(node)
+
+    def alias(self, node: fx.Node, fake: torch.Tensor) -> str:
+        """The view of an existing buffer that `fake` is."""
+        dtype, shape, strides = self._geometry(fake)
+        root = self._root_for(node, fake)
+        base, offset = self.buffers[root], self.index(fake.storage_offset()) - self.offset_of[root]
+        if base.dtype == dtype and base.shape == shape and base.layout == strides and offset == ZERO:
+            return root
+        if base.dtype != dtype:
+            raise NotLowered(f"view of {base.dtype} memory as {dtype}")
+        plain = None if strides == contiguous_strides(shape) else strides
+        self.buffers[node.name] = Buffer(node.name, dtype, shape, base.role, plain, Alias(root, offset))
+        return node.name
+
+    def _root_for(self, node: fx.Node, fake: torch.Tensor) -> str:
+        """The root behind the operand that shares the storage: two inputs may lie in one storage."""
+        maker = node.args[0] if node.target is operator.getitem else node
+        for operand in maker.all_input_nodes:
+            value = operand.meta["val"]
+            if operand in self.of_node and isinstance(value, torch.Tensor) and _storage(value) == _storage(fake):
+                return self._root(self.of_node[operand])
+        return self.root_of_storage[_storage(fake)]
+
+    def overlaps(self, a: fx.Node, b: fx.Node) -> bool:
+        """Different views of one root: element order matters."""
+        first, second = (self.of_node[n] for n in (a, b))
+        return first != second and self._root(first) == self._root(second)
+
+    def _root(self, name: str) -> str:
+        alias = self.buffers[name].alias_of
+        return name if alias is None else self._root(alias.base)
+
+    def step_name(self, name: str) -> str:
+        unique, k = name, 1
+        while unique in self._step_names:
+            k += 1
+            unique = f"{name}_{k}"
+        self._step_names.add(unique)
+        return unique
+
+    # -- calls -------------------------------------------------------------------------------------------------------
+    def lower_call(self, node: fx.Node) -> None:
+        if node.target is operator.getitem:
+            self._lower_item(node)
+            return
+        call, mark = Call(self, node), (len(self.steps), set(self.buffers), dict(self.of_node))
+        if self._is_view(node) or call.packet in NO_OPERATION:
+            return
+        try:
+            if not self._by_rule(call):
+                self._extern(call, reason_for(call.packet))
+        except NotLowered as refusal:
+            del self.steps[mark[0] :]
+            self.buffers = {k: v for k, v in self.buffers.items() if k in mark[1]}
+            self.of_node = mark[2]
+            self._extern(call, str(refusal))
+
+    def _lower_item(self, node: fx.Node) -> None:
+        if node in self.of_node or not isinstance(node.meta["val"], torch.Tensor):
+            return
+        if _storage(node.meta["val"]) in self.root_of_storage:
+            self.of_node[node] = self.alias(node, node.meta["val"])
+
+    def _is_view(self, node: fx.Node) -> bool:
+        """Results that share storage with something known, made by an operator that writes nothing."""
+        value = node.meta["val"]
+        if node.target._schema.is_mutable:
+            return False
+        if isinstance(value, torch.Tensor) and _storage(value) in self.root_of_storage:
+            self.of_node[node] = self.alias(node, value)
+            return True
+        return isinstance(value, (tuple, list)) and bool(value) and all(
+            isinstance(v, torch.Tensor) and _storage(v) in self.root_of_storage for v in value
+        )
+
+    def _by_rule(self, call: Call) -> bool:
+        rule = RULES.get(str(call.op)) or RULES.get(call.packet)
+        if rule is not None:
+            rule(self, call)
+            return True
+        in_place = call.op._schema.is_mutable
+        pointwise = POINTWISE.get(call.packet.removesuffix("_") if in_place else call.packet)
+        if pointwise is None or str(call.op) in REFUSED_OVERLOADS or "out" in call.node.kwargs:
+            return False
+        self._pointwise(call, pointwise.formula, pointwise.promote, in_place)
+        return True
+
+    def _pointwise(self, call: Call, formula: Callable[..., Any], promote: str, in_place: bool) -> None:
+        out = call.tensor(0) if in_place else call.out()
+        if in_place and any(isinstance(a, fx.Node) and self.overlaps(call.node.args[0], a) for a in call.node.args[1:]):
+            raise NotLowered("in-place operation on overlapping views")
+        body = Body(out.shape)
+        kept = KEPT_OPERANDS.get(call.packet.removesuffix("_"), ())
+        dtype = self._computing_type(call, out, promote)
+
+        def operand(position: int, value: Any) -> Any:
+            if isinstance(value, fx.Node):
+                loaded = body.broadcast_load(self.tensor(value))
+                return loaded if position in kept or dtype is None else body.cast(loaded, dtype)
+            if isinstance(value, torch.SymInt):
+                return call.number(body, value, dtype or "i64")
+            if isinstance(value, (torch.SymFloat, torch.SymBool)):
+                raise NotLowered("symbolic number that is not an integer")
+            return value
+
+        args = [operand(k, a) for k, a in enumerate(call.node.args)]
+        kwargs = {k: operand(-1, v) for k, v in call.node.kwargs.items()}
+        # a formula needs one value to know its type: a lone number takes the computing type
+        if not any(isinstance(a, Value) and k not in kept for k, a in enumerate(args)):
+            args = [body.constant(a, dtype or out.dtype) if isinstance(a, (int, float)) else a for a in args]
+        value = formula(body, *args, **kwargs)
+        body.store(out, body.point, value)
+        call.emit(body)
+
+    def _computing_type(self, call: Call, out: Tensor, promote: str) -> str | None:
+        if promote == "none":
+            return None
+        if promote == "operands":
+            fakes = [a.meta["val"] if isinstance(a, fx.Node) else a for a in call.node.args]
+            joined = fakes[0].dtype if len(fakes) == 1 else torch.result_type(*fakes[:2])
+            return compute_type(FROM_TORCH[joined])
+        # in place, the computation is in the promoted type, then rounded into the operand
+        value = call.node.meta["val"]
+        return compute_type(FROM_TORCH[value.dtype])
+
+    def _extern(self, call: Call, reason: str) -> None:
+        node, value = call.node, call.node.meta["val"]
+        args = tuple(self._operand(a) for a in node.args)
+        kwargs = tuple((k, self._operand(v)) for k, v in node.kwargs.items())
+        written = tuple(dict.fromkeys(self.of_node[n] for n in written_operands(node)))
+        outputs: tuple[str | None, ...]
+        if isinstance(value, torch.Tensor):
+            outputs = (self._extern_output(node, value),)
+        elif isinstance(value, (tuple, list)):
+            items = {n.args[1]: n for n in node.users if n.target is operator.getitem}
+            outputs = tuple(self._extern_output(items[k], value[k]) if k in items else None for k in range(len(value)))
+        elif value is None:
+            outputs = ()
+        else:
+            raise LoweringError(f"{call.op} returns {type(value).__name__}", where=call.origin.source, why="only tensors cross a program")
+        effect = "rng" if torch.Tag.nondeterministic_seeded in call.op.tags else ""
+        step = Extern(self.step_name(node.name), str(call.op), args, outputs, kwargs, written, reason, effect, (call.origin,))
+        self.steps.append(step)
+
+    def _extern_output(self, node: fx.Node, fake: torch.Tensor) -> str | None:
+        if _storage(fake) in self.root_of_storage:  # the operand itself, written in place
+            self.of_node[node] = self.alias(node, fake)
+            return None
+        return self.result(node).name
+
+    def _operand(self, value: Any) -> Operand:
+        if isinstance(value, fx.Node):
+            return Ref(self.of_node[value])
+        if isinstance(value, torch.SymInt):
+            return self.index(value)
+        if isinstance(value, (list, tuple)):
+            return tuple(self._operand(v) for v in value)
+        for kind, cls in (("dtype", torch.dtype), ("device", torch.device), ("layout", torch.layout), ("memory_format", torch.memory_format)):
+            if isinstance(value, cls):
+                return TypeArg(kind, str(value).removeprefix("torch."))
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        raise LoweringError(f"operand {value!r} cannot be carried by an extern")
+
+
+def _is_floor_of_one(expr: Any) -> bool:
+    return type(expr).__name__ == "Max" and len(expr.args) == 2 and 1 in expr.args
+
+
+def _storage(fake: torch.Tensor) -> int:
+    return fake.untyped_storage()._cdata
+
+
+def _equalities(shape_env: Any) -> tuple[dict[Any, Any], dict[str, int]]:
+    """(symbol -> expression, symbol's name -> divisor) from guards that torch did not already turn into replacements."""
+    out: dict[Any, Any] = {}
+    multiples: dict[str, int] = {}
+    for guard in shape_env.guards:
+        expr = shape_env.replace(guard.expr).xreplace(out)
+        if not expr.is_Equality:
+            continue
+        for a, b in (expr.args, expr.args[::-1]):
+            if type(a).__name__ in ("Mod", "PythonMod") and b == 0 and a.args[0].is_Symbol and a.args[1].is_Integer:
+                multiples[a.args[0].name] = int(a.args[1])
+            if a.is_Symbol and not b.has(a):
+                out = {k: v.xreplace({a: b}) for k, v in out.items()} | {a: b}
+                break
+    return out, multiples
+
+
+def _range_of(shape_env: Any, symbol: Any) -> tuple[int, int]:
+    found = shape_env.var_to_range.get(symbol)
+    if found is None:
+        return 0, UNBOUNDED
+    lo = int(found.lower) if found.lower.is_Integer else 0
+    hi = int(found.upper) if found.upper.is_Integer else UNBOUNDED
+    return max(lo, 0), min(hi, UNBOUNDED)
+
+
+def lower(graph: fx.Graph, name: str, roles: dict[str, str]) -> tuple[Program, list[object]]:
+    """The Program of a normalised graph, and its results in order: a buffer's name, an Index, or a plain value.
+
+    `roles` gives input, weight, state or constant by placeholder name (default input).  An input that some step writes
+    becomes a state.  Raises LoweringError for what a program cannot carry at all.
+    """
+    lowering = Lowering(name)
+    results: list[object] = []
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            _declare_input(lowering, node, roles.get(node.name, "input"))
+        elif node.op == "call_function":
+            lowering.lower_call(node)
+        elif node.op == "output":
+            results = [_result(lowering, v) for v in node.args[0]]
+    return _finish(lowering, results), results
+
+
+def _declare_input(lowering: Lowering, node: fx.Node, role: str) -> None:
+    value = node.meta["val"]
+    if isinstance(value, torch.Tensor):
+        twin = lowering.root_of_storage.get(_storage(value))
+        lowering.of_node[node] = lowering.add_buffer(node.name, value, role)
+        if twin is not None:
+            lowering.shared_inputs |= {twin, node.name}
+        lowering.declare_symbols(node.name, value)
+    elif isinstance(value, torch.SymInt):
+        lowering.buffers[node.name] = Buffer(node.name, "i64", (), "scalar")
+        lowering._declare(value, ("scalar", node.name))
+    else:
+        lowering.buffers[node.name] = Buffer(node.name, "i64", (), "opaque")
+
+
+def _result(lowering: Lowering, value: Any) -> object:
+    if isinstance(value, fx.Node):
+        return lowering.of_node[value]
+    return lowering.index(value) if isinstance(value, torch.SymInt) else value
+
+
+def _finish(lowering: Lowering, results: Sequence[object]) -> Program:
+    written = {lowering._root(n) for s in lowering.steps for n in s.writes}
+    if written & lowering.shared_inputs:
+        raise LoweringError(f"the input '{min(written & lowering.shared_inputs)}' is written and shares memory with another input")
+    buffers = []
+    for b in lowering.buffers.values():
+        root = lowering.buffers[lowering._root(b.name)]
+        role = "state" if root.name in written and root.role == "input" else root.role
+        buffers.append(b if b.role == role else Buffer(b.name, b.dtype, b.shape, role, b.strides, b.alias_of))
+    outputs = tuple(dict.fromkeys(r for r in results if isinstance(r, str) and r in lowering.buffers))
+    missing = sorted(_free_symbols(lowering) - set(lowering.symbols))
+    if missing:
+        raise LoweringError(f"symbols {', '.join(missing)} have no source among the inputs", where=lowering.name)
+    return Program(lowering.name, tuple(lowering.symbols.values()), tuple(buffers), tuple(lowering.steps), outputs)
+
+
+def _free_symbols(lowering: Lowering) -> set[str]:
+    known = set(lowering.renamed.values())
+    return {n for b in lowering.buffers.values() for i in (*b.shape, *b.layout) for n in i.names() if n in known}
+

@@ -1,0 +1,183 @@
+"""The walk that both fusion passes share: which producer joins which consumer, in what order.
+
+Consumers are visited once in program order and take in their producers, nearest first.  A merge is placed where one of the
+two kernels stands, and only when all other dependences allow that place, so the order stays valid without a path search
+and the walk is near linear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from flagtree.ir.deps import dependences
+from flagtree.ir.program import Kernel, Program, Reduce, Scan, Step
+from flagtree.passes.base import Fuel, Refused, Report
+from flagtree.passes.canonicalize import canonical_kernel, drop_dead
+from flagtree.passes.merge import Legal, can_merge, merge, moved_reduction
+from flagtree.passes.rewrite import EXPENSIVE
+
+Wanted = Callable[[Kernel, Kernel], bool]
+
+
+def has_reduction(kernel: Kernel) -> bool:
+    return any(isinstance(op, (Reduce, Scan)) for op in kernel.body)
+
+
+class FusionWalk:
+    """Steps by identity, their dependences and their places while kernels merge."""
+
+    def __init__(self, program: Program, report: Report, fuel: Fuel, max_ops: int) -> None:
+        self.program, self.report, self.fuel, self.max_ops = program, report, fuel, max_ops
+        self.steps: dict[int, Step] = dict(enumerate(program.steps))
+        graph = dependences(program)
+        self.before: dict[int, set[int]] = {k: set(graph.predecessors(k)) for k in self.steps}
+        self.after: dict[int, set[int]] = {k: set(graph.successors(k)) for k in self.steps}
+        self.place: dict[int, int] = {k: k for k in self.steps}
+        self.readers: dict[str, set[int]] = {}
+        for k, step in self.steps.items():
+            for name in step.reads:
+                self.readers.setdefault(program.root(name), set()).add(k)
+        self.escaping = {program.root(n) for n in program.outputs} | {b.name for b in program.buffers if b.role != "temp"}
+
+    # -- what a merge may drop -----------------------------------------------------------------------------------------
+    def kept(self, a: int, b: int) -> frozenset[str]:
+        """Buffers that `a` hands to `b` and that something else needs too."""
+        step = self.steps[a]
+        flowing = [n for n in step.writes if n in self.steps[b].reads]
+        return frozenset(n for n in flowing if n in self.escaping or self.readers.get(n, set()) - {b})
+
+    def _place(self, a: int, b: int) -> int | None:
+        """A place where the joined kernel may stand: the consumer's, or the producer's."""
+        if all(self.place[x] > self.place[b] for x in self.after[a] if x != b):
+            return self.place[b]
+        if all(self.place[x] < self.place[a] for x in self.before[b] if x != a):
+            return self.place[a]
+        return None
+
+    # -- merging -------------------------------------------------------------------------------------------------------
+    def try_merge(self, a: int, b: int) -> bool:
+        """Join producer `a` into consumer `b`; records a refusal."""
+        producer, consumer = self.steps[a], self.steps[b]
+        assert isinstance(producer, Kernel) and isinstance(consumer, Kernel)
+        kept = self.kept(a, b)
+        verdict = self._verdict(a, b, producer, consumer, kept)
+        if isinstance(verdict, Refused):
+            self.report.refused.append(verdict)
+            return False
+        if not self.fuel.take():
+            return False
+        legal, place = verdict
+        self._join(a, b, merge(producer, consumer, legal, frozenset(legal.flowing) - kept), place)
+        self.report.matched.append(f"{producer.name} + {consumer.name}")
+        self.report.rewrites += 1
+        return True
+
+    def _verdict(self, a: int, b: int, producer: Kernel, consumer: Kernel, kept: frozenset[str]) -> tuple[Legal, int] | Refused:
+        both = (producer.name, consumer.name)
+        if len(producer.body) + len(consumer.body) > self.max_ops:
+            return Refused(both, f"more than {self.max_ops} operations in one kernel")
+        legal = can_merge(self.program, producer, consumer, kept)
+        if isinstance(legal, Refused):
+            return legal
+        if (why := moved_reduction(producer, consumer, legal)) is not None:
+            return Refused(both, why)
+        place = self._place(a, b)
+        if place is None:
+            return Refused(both, "a step between them needs one and is needed by the other")
+        return legal, place
+
+    def _join(self, a: int, b: int, joined: Kernel, place: int) -> None:
+        self._forget_reads(a)
+        self._forget_reads(b)
+        self.steps[b] = canonical_kernel(self.program, joined)
+        self._note_reads(b)
+        self.place[b] = place
+        for x in self.before.pop(a):
+            self.after[x].discard(a)
+            if x != b:
+                self.after[x].add(b)
+                self.before[b].add(x)
+        for x in self.after.pop(a):
+            self.before[x].discard(a)
+            if x != b:
+                self.before[x].add(b)
+                self.after[b].add(x)
+        del self.steps[a]
+
+    def _forget_reads(self, k: int) -> None:
+        for name in self.steps[k].reads:
+            self.readers[self.program.root(name)].discard(k)
+
+    def _note_reads(self, k: int) -> None:
+        for name in self.steps[k].reads:
+            self.readers.setdefault(self.program.root(name), set()).add(k)
+
+    # -- copying a cheap producer into every reader ----------------------------------------------------------------------
+    def copy_cheap(self, a: int) -> None:
+        """A cast or a negation read by several kernels is recomputed by each: it reads no more than it wrote."""
+        producer = self.steps[a]
+        assert isinstance(producer, Kernel)
+        readers = [k for n in producer.writes for k in self.readers.get(n, ())]
+        if len(set(readers)) < 2 or not self._is_cheap(producer):
+            return
+        for b in sorted(set(readers), key=self.place.__getitem__):
+            consumer = self.steps[b]
+            if not isinstance(consumer, Kernel) or any(self._writes_between(n, a, b) for n in producer.reads):
+                continue
+            legal = can_merge(self.program, producer, consumer, frozenset())
+            if isinstance(legal, Refused) or moved_reduction(producer, consumer, legal) or not self.fuel.take():
+                continue
+            self._forget_reads(b)
+            joined = merge(producer, consumer, legal, frozenset(legal.flowing))
+            self.steps[b] = canonical_kernel(self.program, joined)
+            self._note_reads(b)
+            self.before[b] |= self.before[a]
+            for x in self.before[a]:
+                self.after[x].add(b)
+            self.report.rewrites += 1
+
+    def _writes_between(self, name: str, a: int, b: int) -> bool:
+        root = self.program.root(name)
+        return any(self.place[x] < self.place[b] and root in map(self.program.root, self.steps[x].writes) for x in self.after[a] if x != b)
+
+    def _is_cheap(self, kernel: Kernel) -> bool:
+        if has_reduction(kernel) or len(kernel.writes) != 1 or kernel.writes[0] in self.escaping or len(kernel.reads) > 1:
+            return False
+        return len(kernel.body) <= 8 and not any(getattr(op, "op", "") in EXPENSIVE for op in kernel.body)
+
+    # -- the walk ------------------------------------------------------------------------------------------------------
+    def run(self, wanted: Wanted) -> Program:
+        for a in sorted(self.steps):
+            if isinstance(self.steps.get(a), Kernel):
+                self.copy_cheap(a)
+        for b in sorted(self.steps, key=self.place.__getitem__):
+            if isinstance(self.steps.get(b), Kernel):
+                self._absorb(b, wanted)
+        if not self.report.rewrites:
+            return self.program
+        order = sorted(self.steps, key=lambda k: (self.place[k], k))
+        return drop_dead(self.program.with_(steps=tuple(self.steps[k] for k in order)))
+
+    def _absorb(self, b: int, wanted: Wanted) -> None:
+        """Take producers in until none fits; a refused pair is asked again only after the consumer has changed."""
+        changed = True
+        while changed:
+            changed = False
+            reads = set(self.steps[b].reads)
+            for a in sorted(self.before[b], key=self.place.__getitem__, reverse=True):
+                producer, consumer = self.steps[a], self.steps[b]
+                if not isinstance(producer, Kernel) or reads.isdisjoint(producer.writes):
+                    continue
+                assert isinstance(consumer, Kernel)
+                if wanted(producer, consumer) and self.try_merge(a, b):
+                    changed = True
+                    break
+
+
+def fuse(program: Program, name: str, fuel: Fuel | None, max_ops: int, wanted: Wanted) -> tuple[Program, Report]:
+    """One walk; refusals are kept once each."""
+    report = Report(name)
+    new = FusionWalk(program, report, fuel or Fuel(), max_ops).run(wanted)
+    report.refused = list(dict.fromkeys(report.refused))
+    return new, report
+

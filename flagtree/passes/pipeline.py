@@ -1,0 +1,90 @@
+"""The whole list of passes, readable top to bottom, and the runner that verifies and reports after each.
+
+Adding a pass is one file and one line in PASSES; out of tree by the entry point group `flagtree.passes`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from collections.abc import Callable, Sequence
+
+from flagtree.errors import FlagtreeError, UnknownName
+from flagtree.ir.program import Program
+from flagtree.ir.verify import verify
+from flagtree.passes.base import Fuel, Pass, Report
+from flagtree.passes.canonicalize import Canonicalize
+from flagtree.passes.fuse_pointwise import FusePointwise
+from flagtree.passes.fuse_reduction import FuseReduction
+from flagtree.passes.reinplace import Reinplace
+from flagtree.passes.schedule import ScheduleKernels
+from flagtree.targets.base import Target
+
+PASSES: dict[str, type] = {p.name: p for p in (Canonicalize, Reinplace, FusePointwise, FuseReduction, ScheduleKernels)}
+After = Callable[[Pass, Program, Report], None]
+
+
+def pipeline(target: Target) -> tuple[Pass, ...]:
+    """Program as lowered to Program as generated, for one target."""
+    return (
+        Canonicalize(),      # views into indices, casts, common subexpressions, dead code
+        Reinplace(),         # a state rewritten through a copy is written in place
+        FusePointwise(),     # chains, gating, rotary
+        FuseReduction(),     # norms and softmax with what surrounds them
+        Canonicalize(),
+        ScheduleKernels(),   # tiles under the target's limits
+    )  # fmt: skip
+
+
+def run_pipeline(
+    program: Program,
+    passes: Sequence[Pass],
+    target: Target,
+    *,
+    fuel: Fuel | None = None,
+    after: After | None = None,
+    check: bool = True,
+) -> tuple[Program, list[Report]]:
+    """Run `passes` in order; the program is verified before the first and after each one that changed it."""
+    fuel, reports = fuel or Fuel(), []
+    if check:
+        verify(program)
+    for p in passes:
+        started = time.perf_counter()
+        changed, report = p.run(program, target, fuel)
+        report.seconds = time.perf_counter() - started
+        if check and changed is not program:
+            verify(changed)
+        program = changed
+        reports.append(report)
+        if after is not None:
+            after(p, program, report)
+    return program, reports
+
+
+def parse_pipeline(text: str) -> tuple[Pass, ...]:
+    """`canonicalize, fuse_pointwise{max_ops=4}` to passes; the inverse of joining `spec(p)` with commas."""
+    passes = []
+    for name, options in re.findall(r"([A-Za-z_]\w*)\s*(?:\{([^}]*)\})?\s*(?:,|$)", text.strip()):
+        if name not in PASSES:
+            raise UnknownName("pass", name, PASSES)
+        passes.append(PASSES[name](**_options(PASSES[name], options)))
+    if not passes:
+        raise FlagtreeError(f"no pass in '{text}'", hint="flagtree opt FILE -p 'canonicalize, fuse_pointwise{max_ops=64}'")
+    return tuple(passes)
+
+
+def _options(cls: type, text: str) -> dict[str, object]:
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    out: dict[str, object] = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        key, _, value = (x.strip() for x in item.partition("="))
+        if key not in fields:
+            raise UnknownName(f"option of {cls.name}", key, fields)  # type: ignore[attr-defined]
+        default = fields[key].default
+        try:
+            out[key] = value == "true" if isinstance(default, bool) else type(default)(value)
+        except ValueError as error:
+            raise FlagtreeError(f"option {key}={value} of pass {cls.name}", why=str(error)) from error  # type: ignore[attr-defined]
+    return out

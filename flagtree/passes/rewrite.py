@@ -1,0 +1,128 @@
+"""Mechanics that passes share: what a value depends on, renaming, pruning of a kernel body.
+
+All functions are pure over the body tuple of a kernel, in SSA order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+
+from flagtree.ir.index import Bounds, Index
+from flagtree.ir.program import Access, Axis, BodyOp, Compute, IndexValue, Kernel, Load, Program, Reduce, Scan, Store
+
+EXPENSIVE = frozenset(
+    {
+        "exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "sin", "cos", "tan", "tanh", "erf", "erfc", "pow", "atan2",
+        "asin", "acos", "atan", "sinh", "cosh", "sqrt", "rsqrt", "div",
+    }
+)  # fmt: skip
+
+
+def defined(op: BodyOp) -> tuple[str, ...]:
+    """The values an op defines."""
+    if isinstance(op, Store):
+        return ()
+    return op.names if isinstance(op, Reduce) else (op.name,)
+
+
+def used(op: BodyOp) -> tuple[str, ...]:
+    """The values an op reads, SSA integers in indices included (axes and symbols appear too; callers know the values)."""
+    if isinstance(op, (Load, Store)):
+        names = [n for i in op.access.index for n in sorted(i.names())]
+        if op.access.mask:
+            names.append(op.access.mask)
+        return (*names, op.value) if isinstance(op, Store) else tuple(names)
+    if isinstance(op, Compute):
+        return tuple(a for a in op.args if isinstance(a, str))
+    if isinstance(op, Reduce):
+        return op.args
+    if isinstance(op, Scan):
+        return (op.arg,)
+    return tuple(sorted(op.expr.names()))
+
+
+def rename(op: BodyOp, names: Mapping[str, str], axes: Mapping[str, Index] | None = None) -> BodyOp:
+    """`names` maps values (also inside indices), `axes` maps axis names to index expressions."""
+    substitution = {**{k: Index.of(v) for k, v in names.items()}, **(axes or {})}
+
+    def access(a: Access) -> Access:
+        return Access(a.buffer, tuple(i.substitute(substitution) for i in a.index), names.get(a.mask, a.mask) if a.mask else None)
+
+    if isinstance(op, Load):
+        return replace(op, name=names.get(op.name, op.name), access=access(op.access))
+    if isinstance(op, Store):
+        return replace(op, access=access(op.access), value=names.get(op.value, op.value))
+    if isinstance(op, Compute):
+        return replace(op, name=names.get(op.name, op.name), args=tuple(names.get(a, a) if isinstance(a, str) else a for a in op.args))
+    if isinstance(op, IndexValue):
+        return replace(op, name=names.get(op.name, op.name), expr=op.expr.substitute(substitution))
+    axis_names = {k: v.name for k, v in (axes or {}).items()}
+    if isinstance(op, Reduce):
+        return replace(
+            op,
+            names=tuple(names.get(n, n) for n in op.names),
+            args=tuple(names.get(a, a) for a in op.args),
+            axes=tuple(axis_names.get(x) or x for x in op.axes),
+        )
+    return replace(op, name=names.get(op.name, op.name), arg=names.get(op.arg, op.arg), axis=axis_names.get(op.axis) or op.axis)
+
+
+def free_axes(body: Iterable[BodyOp], axes: Iterable[str]) -> dict[str, frozenset[str]]:
+    """The axes that each value depends on."""
+    known = frozenset(axes)
+    out: dict[str, frozenset[str]] = {}
+    for op in body:
+        mine: frozenset[str] = frozenset()
+        for name in used(op):
+            mine |= out.get(name, frozenset((name,)) if name in known else frozenset())
+        if isinstance(op, Reduce):
+            mine -= frozenset(op.axes)
+        if isinstance(op, Scan):
+            mine |= {op.axis}
+        for name in defined(op):
+            out[name] = mine
+    return out
+
+
+def prune(body: Iterable[BodyOp]) -> tuple[BodyOp, ...]:
+    """Drop every op that no store needs."""
+    needed: set[str] = set()
+    kept: list[BodyOp] = []
+    for op in reversed(tuple(body)):
+        if isinstance(op, Store) or any(n in needed for n in defined(op)):
+            needed.update(used(op))
+            kept.append(op)
+    return tuple(reversed(kept))
+
+
+def renumber(kernel: Kernel) -> Kernel:
+    """Axes i0.. and r0.., values v0.. in order; axes that nothing uses and that run once are dropped."""
+    occurring = {n for op in kernel.body for n in used(op)} | {x for op in kernel.body for x in _axes_of(op)}
+    axes, renamed, counts = [], {}, {"parallel": 0, "reduce": 0}
+    for axis in kernel.axes:
+        if axis.name not in occurring and axis.extent.constant == 1:
+            continue
+        letter = "i" if axis.kind == "parallel" else "r"
+        name = f"{letter}{counts[axis.kind]}"
+        counts[axis.kind] += 1
+        renamed[axis.name] = Index.of(name)
+        axes.append(Axis(name, axis.extent, axis.kind))
+    names = {n: f"v{k}" for k, n in enumerate(n for op in kernel.body for n in defined(op))}
+    body = tuple(rename(op, names, renamed) for op in kernel.body)
+    return replace(kernel, axes=tuple(axes), body=body)
+
+
+def _axes_of(op: BodyOp) -> tuple[str, ...]:
+    return op.axes if isinstance(op, Reduce) else (op.axis,) if isinstance(op, Scan) else ()
+
+
+def bounds(program: Program, kernel: Kernel) -> Bounds:
+    """Ranges of the program's symbols and the kernel's axes."""
+    return Bounds({s.name: (s.lo, s.hi) for s in program.symbols}, {a.name: a.extent for a in kernel.axes})
+
+
+def map_kernels(program: Program, change: Callable[[Kernel], Kernel]) -> Program:
+    """Apply `change` to every kernel; the same program when nothing changed."""
+    steps = tuple(change(s) if isinstance(s, Kernel) else s for s in program.steps)
+    return program if all(a is b for a, b in zip(steps, program.steps, strict=True)) else program.with_(steps=steps)

@@ -1,0 +1,123 @@
+"""The capture key: identity of the FX graph that Dynamo hands over, computed with torch alone.
+
+Two captures of one computation get one key: node and parameter names do not enter, symbols are renamed in order of appearance,
+and everything that a compiled launch list depends on does: targets, arguments, dtype, shape, stride, device, symbol ranges.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+
+class Unkeyed(Exception):
+    """The graph holds something whose identity this key cannot express; the graph is compiled afresh in each process."""
+
+
+class _Writer:
+    """Feeds a canonical text of the graph into a hash."""
+
+    def __init__(self) -> None:
+        self.hash = hashlib.sha256()
+        self.symbols: dict[str, str] = {}
+        self.nodes: dict[fx.Node, int] = {}
+
+    def text(self, *parts: str) -> None:
+        self.hash.update(("\x1f".join(parts) + "\n").encode())
+
+    def expression(self, value: torch.SymInt | torch.SymFloat | torch.SymBool) -> str:
+        """A symbolic expression with symbols renamed by first appearance; a new symbol also states its range."""
+        expr = value.node.expr
+        names = {}
+        for symbol in sorted(expr.free_symbols, key=lambda s: s.name):
+            if symbol.name not in self.symbols:
+                self.symbols[symbol.name] = f"s{len(self.symbols)}"
+                found = value.node.shape_env.var_to_range.get(symbol)
+                self.text("symbol", self.symbols[symbol.name], str(found))
+            names[symbol.name] = self.symbols[symbol.name]
+        if expr.is_Symbol:
+            return names[expr.name]
+        return str(expr.xreplace({s: s.func(names[s.name], integer=True) for s in expr.free_symbols}))
+
+    def size(self, value: int | torch.SymInt) -> str:
+        return str(value) if isinstance(value, int) else self.expression(value)
+
+    def value(self, value: Any) -> str:
+        """A placeholder's example: what guards make true of every call."""
+        if isinstance(value, torch.Tensor):
+            if value.layout is not torch.strided or type(value) not in _PLAIN_TENSORS():
+                raise Unkeyed(f"tensor type {type(value).__name__}")
+            shape = ",".join(self.size(n) for n in value.shape)
+            stride = ",".join(self.size(n) for n in value.stride())
+            grad = "grad" if value.requires_grad else ""
+            return f"tensor({value.dtype}[{shape}]({stride})@{value.device.type}{grad})"
+        return self.argument(value)
+
+    def argument(self, value: Any) -> str:
+        if isinstance(value, fx.Node):
+            return f"%{self.nodes[value]}"
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return f"sym({self.expression(value)})"
+        if isinstance(value, (tuple, list)):
+            return f"{type(value).__name__}({';'.join(self.argument(v) for v in value)})"
+        if isinstance(value, dict):
+            return "{" + ";".join(f"{self.argument(k)}={self.argument(v)}" for k, v in value.items()) + "}"
+        if isinstance(value, slice):
+            return f"slice({self.argument(value.start)};{self.argument(value.stop)};{self.argument(value.step)})"
+        if value is None or value is Ellipsis or isinstance(value, (bool, int, float, complex, str)):
+            return f"{type(value).__name__}:{value!r}"
+        if isinstance(value, (torch.dtype, torch.device, torch.memory_format, torch.layout)):
+            return f"{type(value).__name__}:{value}"
+        raise Unkeyed(f"argument of type {type(value).__name__}")
+
+
+def _PLAIN_TENSORS() -> tuple[type, ...]:  # noqa: N802
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return (torch.Tensor, torch.nn.Parameter, FakeTensor)
+
+
+def _target(node: fx.Node) -> str:
+    target = node.target
+    if isinstance(target, str):
+        return target
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target)
+    module, name = getattr(target, "__module__", None), getattr(target, "__qualname__", None) or getattr(target, "__name__", None)
+    if not name or "<locals>" in name or "<lambda>" in name:
+        raise Unkeyed(f"call of {target!r}")
+    return f"{module}.{name}"
+
+
+def capture_key(module: fx.GraphModule, factors: dict[str, str], example: Callable[[fx.Node], Any] = lambda n: n.meta["example_value"]) -> str:
+    """SHA-256 over the graph and `factors` (versions, target, options).  Raises Unkeyed for what it cannot express."""
+    writer = _Writer()
+    for name in sorted(factors):
+        writer.text("factor", name, factors[name])
+    for position, node in enumerate(module.graph.nodes):
+        writer.nodes[node] = position
+        if node.op == "placeholder":
+            writer.text("placeholder", writer.value(example(node)))
+        elif node.op == "get_attr":
+            writer.text("get_attr", _attribute(module, str(node.target)))
+        elif node.op == "output":
+            writer.text("output", writer.argument(node.args[0]))
+        else:
+            kwargs = {k: node.kwargs[k] for k in sorted(node.kwargs)}
+            writer.text(node.op, _target(node), writer.argument(node.args), writer.argument(kwargs))
+    return writer.hash.hexdigest()
+
+
+def _attribute(module: fx.GraphModule, path: str) -> str:
+    """A constant of the graph enters by its content."""
+    value: Any = module
+    for part in path.split("."):
+        value = getattr(value, part)
+    if not isinstance(value, torch.Tensor) or value.numel() > 4096 or value.is_meta:
+        raise Unkeyed(f"attribute '{path}'")
+    data = hashlib.sha256(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.dim() else str(value.item()).encode())
+    return f"{value.dtype}{tuple(value.shape)}:{data.hexdigest()}"

@@ -1,0 +1,299 @@
+"""A frame: everything that a launch list needs for one combination of sizes.
+
+Arena, the words where kernels find addresses and symbols, and a flat list of closures, one a step.  It serves one call at a
+time: the call writes the addresses of what is new and runs the closures.  `launch.py` makes and pools frames.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from flagtree.errors import BindError
+from flagtree.runtime import memory
+from flagtree.runtime.expand import Declared
+from flagtree.runtime.index import Expression, evaluate, same_strides
+from flagtree.runtime.prepare import Allocate, Call, Launch, Layout, Prepared, Release, check_symbol, read_symbol
+
+Positions = tuple[tuple[int, int], ...]  # (word of the pointer block, bytes after element 0)
+
+
+class Frame:
+    """Everything for one combination of sizes: `inputs` come with each call, `bound` stay, `values` are the symbols'."""
+
+    def __init__(self, prepared: Prepared, inputs: Sequence[Declared], bound: Mapping[str, Any], values: Sequence[int]) -> None:
+        self.prepared = prepared
+        self.values = list(values)
+        self.words = array("Q", bytes(8 * max(1, prepared.pointer_count)))
+        self.numbers = array("q", bytes(8 * max(1, len(prepared.symbol_words))))
+        self._early = [(i, e) for i, e in enumerate(prepared.symbol_words) if not isinstance(e, int) and i not in set(prepared.late_words)]
+        self._late = [(i, prepared.symbol_words[i]) for i in prepared.late_words]
+        for i, e in enumerate(prepared.symbol_words):
+            self.numbers[i] = e if isinstance(e, int) else 0
+        self.slots = list(prepared.slots)
+        self.persistent: set[str] = set()
+        self._allocate_arena()
+        for name, value in bound.items():
+            self._fix(name, value)
+        self._views = self._fix_views()
+        self._inputs = self._input_writers(inputs)
+        self.steps = [self._compile(s) for s in prepared.steps]
+        self.template = list(self.slots)
+        self._refresh(self.values)
+
+    # -- what stays from call to call --------------------------------------------------------------------------------
+    def _allocate_arena(self) -> None:
+        prepared = self.prepared
+        shapes = {n: prepared.layouts[n].at(self.values) for n in prepared.homes.arena}
+        sizes = {n: _extent(*shapes[n]) * prepared.layouts[n].dtype.itemsize for n in shapes}
+        offsets, self.arena_bytes = memory.place(sizes, prepared.homes.lifetimes)
+        raw = torch.empty(self.arena_bytes + memory.ALIGNMENT, dtype=torch.uint8)
+        self.arena = raw[-raw.data_ptr() % memory.ALIGNMENT :][: self.arena_bytes]
+        self.arena_start = self.arena.data_ptr()
+        needed = {n for s in prepared.steps if isinstance(s, Call) for n in (*s.step.operands, *s.step.mutates)}
+        roots = {prepared.program.root(n) for n in needed}
+        for name, offset in offsets.items():
+            self._point(name, self.arena_start + offset)
+            if name in roots:
+                tensor = self.arena[offset : offset + sizes[name]].view(prepared.layouts[name].dtype)
+                self.slots[prepared.slot[name]] = tensor.as_strided(*shapes[name], tensor.storage_offset())
+                self.persistent.add(name)
+
+    def _fix(self, name: str, value: Any) -> None:
+        self.slots[self.prepared.slot[name]] = value
+        if isinstance(value, torch.Tensor):
+            self._point(name, value.data_ptr())
+            self.persistent.add(name)
+
+    def _fix_views(self) -> set[str]:
+        """Views of what stays are made once; returns their names."""
+        program, fixed = self.prepared.program, set()
+        for step in self.prepared.steps:
+            for name in step.views if isinstance(step, Call) else ():
+                if name not in fixed and program.root(name) in self.persistent and not self.prepared.layouts[name].late:
+                    self.slots[self.prepared.slot[name]] = self.prepared.view(name)(self.slots, self.values)
+                    fixed.add(name)
+        return fixed
+
+    def _positions(self, name: str) -> Positions:
+        return tuple((at, evaluate(offset, self.values)) for at, offset in self.prepared.words.get(name, ()))
+
+    def _point(self, name: str, address: int) -> None:
+        for at, offset in self._positions(name):
+            self.words[at] = address + offset
+
+    def _input_writers(self, inputs: Sequence[Declared]) -> list[tuple[int, int, Positions, torch.Tensor | None]]:
+        """Per argument: its place, its slot, the words that hold its address, the cell where a number is kept for kernels."""
+        out = []
+        for i, buffer in enumerate(inputs):
+            positions, cell = self._positions(buffer.name), None
+            if buffer.role == "scalar" and positions:
+                cell = torch.empty((), dtype=self.prepared.layouts[buffer.name].dtype)
+                self._point(buffer.name, cell.data_ptr())
+                positions = ()
+            out.append((i, self.prepared.slot[buffer.name], positions, cell))
+        return out
+
+    def _refresh(self, values: Sequence[int]) -> None:
+        self.values[:] = values
+        for i, expression in self._early:
+            self.numbers[i] = expression(self.values)
+
+    # -- one call ----------------------------------------------------------------------------------------------------
+    def run(self, args: Sequence[Any], values: list[int]) -> tuple:
+        """Run the steps on `args`; `values` are the symbols'."""
+        if values != self.values:
+            self._refresh(values)
+        slots, words = self.slots, self.words
+        for i, slot, positions, cell in self._inputs:
+            slots[slot] = value = args[i]
+            if positions:
+                address = value.data_ptr()
+                for at, offset in positions:
+                    words[at] = address + offset
+            elif cell is not None:
+                cell.fill_(value)
+        for step in self.steps:
+            step()
+        outputs = tuple([build(slots, self.values) for build in self.prepared.outputs])
+        slots[:] = self.template
+        return outputs
+
+    # -- steps as closures -------------------------------------------------------------------------------------------
+    def _compile(self, step: Launch | Call | Allocate | Release) -> Callable[[], object]:
+        if isinstance(step, Launch):
+            return functools.partial(
+                step.function, self.words.buffer_info()[0] + step.pointers, self.numbers.buffer_info()[0] + step.symbols
+            )
+        if isinstance(step, Allocate):
+            return self._allocate(step.name)
+        if isinstance(step, Release):
+            return self._release(step.slots)
+        return self._call(step)
+
+    def _release(self, dead: tuple[int, ...]) -> Callable[[], None]:
+        slots = self.slots
+
+        def run() -> None:
+            for slot in dead:
+                slots[slot] = None
+
+        return run
+
+    def _allocate(self, name: str) -> Callable[[], None]:
+        layout, put = self.prepared.layouts[name], self._put(name)
+        fixed = None if layout.late else layout.at(self.values)
+
+        def run() -> None:
+            sizes, strides = fixed or layout.at(self.values)
+            put(torch.empty_strided(sizes, strides, dtype=layout.dtype))
+
+        return run
+
+    def _number(self, name: str) -> Callable[[Any], None]:
+        """A number that an extern returns: into the slot, and into a cell for the kernels that read it."""
+        slots, slot = self.slots, self.prepared.slot[name]
+        cell = torch.empty((), dtype=self.prepared.layouts[name].dtype)
+        self._point(name, cell.data_ptr())
+
+        def put(value: Any) -> None:
+            slots[slot] = value
+            cell.fill_(value)
+
+        return put
+
+    def _put(self, name: str) -> Callable[[Any], None]:
+        """Into the slot, and the address where kernels look for it."""
+        slots, words, slot = self.slots, self.words, self.prepared.slot[name]
+        moving = self.prepared.words.get(name, ())
+        if any(not isinstance(offset, int) for _, offset in moving):
+            return lambda value: self._put_moving(slot, moving, value)
+        positions = self._positions(name)
+
+        def put(value: Any) -> None:
+            slots[slot] = value
+            if positions:
+                address = value.data_ptr()
+                for at, offset in positions:
+                    words[at] = address + offset
+
+        return put
+
+    def _put_moving(self, slot: int, moving: Sequence[tuple[int, Expression]], value: Any) -> None:
+        self.slots[slot] = value
+        address = value.data_ptr()
+        for at, offset in moving:
+            self.words[at] = address + evaluate(offset, self.values)
+
+    def _call(self, step: Call) -> Callable[[], None]:
+        slots, values, prepared = self.slots, self.values, self.prepared
+        views = [(prepared.slot[n], prepared.view(n)) for n in step.views if n not in self._views]
+        before = [*views, *step.computed]
+        function, keywords = self._with_keywords(step)
+        take = _taker(step.arguments)
+        receive = self._receiver(step)
+        resolve = self._resolver(step)
+
+        def run() -> None:
+            for slot, build in before:
+                slots[slot] = build(slots, values)
+            result = function(*take(slots), **{k: slots[s] for k, s in keywords}) if keywords else function(*take(slots))
+            receive(result)
+            if resolve is not None:
+                resolve()
+
+        return run
+
+    def _with_keywords(self, step: Call) -> tuple[Callable[..., Any], tuple[tuple[str, int], ...]]:
+        """Keywords that never change are bound once."""
+        fixed = {k: self.slots[s] for k, s in step.keywords if s in self.prepared.fixed}
+        rest = tuple((k, s) for k, s in step.keywords if s not in self.prepared.fixed)
+        return (functools.partial(step.operator, **fixed) if fixed else step.operator), rest
+
+    def _receiver(self, step: Call) -> Callable[[Any], None]:
+        """What to do with an operator's result: check it against the declaration and put it where it belongs."""
+        settlers = [None if o is None else self._settler(step, o) for o in step.step.outputs]
+        if not any(settlers):
+            return lambda result: None
+        if len(settlers) == 1 and settlers[0] is not None:
+            single = settlers[0]
+            return lambda result: single(result[0] if isinstance(result, (list, tuple)) else result)
+
+        def receive(result: Any) -> None:
+            if not isinstance(result, (list, tuple)) or len(result) < len(settlers):
+                raise BindError(f"{step.step.callee} returned something else than {len(settlers)} results", where=step.step.name)
+            for settle, value in zip(settlers, result):
+                if settle is not None:
+                    settle(value)
+
+        return receive
+
+    def _settler(self, step: Call, name: str) -> Callable[[Any], None]:
+        layout = self.prepared.layouts[name]
+        if layout.role == "scalar":
+            return self._number(name)
+        put = self._put(name)
+        fixed = None if layout.late or any(s.buffer == name for _, _, s in step.resolves) else layout.at(self.values)
+        returned = self.prepared.homes.lifetimes[name].last == len(self.prepared.program.steps)
+        dtype, copied = layout.dtype, step.copied
+        low, high = self.arena_start, self.arena_start + self.arena_bytes
+
+        def settle(value: Any) -> None:
+            sizes, strides = fixed or self._late_layout(step, layout, value)
+            if value.shape != sizes or value.stride() != strides or value.dtype is not dtype or copied:
+                value = self._fit(step, layout, value, sizes, strides)
+            if returned and low <= value.data_ptr() < high:  # the caller may not see the arena
+                value = value.clone()
+            put(value)
+
+        return settle
+
+    def _late_layout(self, step: Call, layout: Layout, value: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        for i, _, symbol in step.resolves:
+            if symbol.buffer == layout.name:
+                self.values[i] = read_symbol(symbol, value)
+        return layout.at(self.values)
+
+    def _fit(self, step: Call, layout: Layout, value: Any, sizes: tuple[int, ...], strides: tuple[int, ...]) -> torch.Tensor:
+        """A result in the declared layout; BindError when its type or sizes are others."""
+        if not isinstance(value, torch.Tensor) or tuple(value.shape) != sizes or value.dtype is not layout.dtype:
+            found = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+            raise BindError(f"{step.step.callee} returned {found}", where=step.step.name, why=f"{layout.dtype} {sizes} was declared")
+        if not step.copied:
+            if same_strides(sizes, value.stride(), strides):
+                return value
+            self.prepared.restrided[step.step.name] = self.prepared.restrided.get(step.step.name, 0) + 1
+        return torch.empty_strided(sizes, strides, dtype=layout.dtype).copy_(value)
+
+    def _resolver(self, step: Call) -> Callable[[], None] | None:
+        if not step.resolves:
+            return None
+        slots, values, numbers = self.slots, self.values, self.numbers
+
+        def resolve() -> None:
+            for i, slot, symbol in step.resolves:
+                values[i] = value = read_symbol(symbol, slots[slot])
+                check_symbol(symbol, value)
+            for at, expression in self._late:
+                numbers[at] = evaluate(expression, values)
+
+        return resolve
+
+
+def _extent(sizes: Sequence[int], strides: Sequence[int]) -> int:
+    """Elements from the first to the last touched."""
+    return 0 if 0 in sizes else 1 + sum((n - 1) * s for n, s in zip(sizes, strides))
+
+
+def _taker(places: tuple[int, ...]) -> Callable[[list[Any]], tuple]:
+    if len(places) > 1:
+        return operator.itemgetter(*places)
+    if len(places) == 1:
+        place = places[0]
+        return lambda slots: (slots[place],)
+    return lambda slots: ()

@@ -1,0 +1,141 @@
+"""The torch operators `torch.ops.flagtree.*` that captured graphs, launch lists and eager programs share.
+
+Invariant: no kernel here reads a cache row beyond `start + S`, so whatever lies there (NaN included) never reaches a result.
+Imports nothing but torch and our errors; importing the module registers the operators, once a process.
+
+    flagtree::attention   writes this call's keys and values into the cache in place, then attends over the cache
+    flagtree::attend      the second half alone, for programs whose cache write is a kernel of their own
+
+Shapes: q [B, H, S, D]; k, v [B, HK, S, D] with HK dividing H (any strides); k_cache, v_cache [B, HK, C, D]; start int64 [B], the
+number of tokens already in the cache of each sequence; result [B, S, H, D], contiguous, so that the head transpose costs nothing.
+Query head h reads key head h // (H / HK).  Token t of sequence b sits at position start[b] + t and attends to positions 0..start[b] + t.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from flagtree.errors import BindError
+
+ATTENTION = "flagtree::attention"
+ATTEND = "flagtree::attend"
+
+# rows of a chunked prefill that share one mask: bounds the mask to 512 x context elements
+_MASK_ROWS = 512
+
+_library = torch.library.Library("flagtree", "FRAGMENT")
+_library.define("attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor start, float scale) -> Tensor")
+_library.define("attend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor start, float scale) -> Tensor")
+
+
+def _starts(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, start: torch.Tensor) -> list[int]:
+    """The start positions as integers; BindError where shapes disagree or the tokens do not fit into the cache."""
+    batch, heads, tokens, width = q.shape
+    if k_cache.ndim != 4 or v_cache.shape[:3] != k_cache.shape[:3] or k_cache.shape[0] != batch or k_cache.shape[3] != width:
+        raise BindError(
+            f"attention: caches {tuple(k_cache.shape)} and {tuple(v_cache.shape)} do not fit queries {tuple(q.shape)}",
+            hint="caches are [batch, key heads, context, head width]",
+        )
+    if heads % k_cache.shape[1]:
+        raise BindError(f"attention: {heads} query heads cannot share {k_cache.shape[1]} key heads evenly")
+    if start.shape != (batch,) or start.dtype != torch.int64:
+        raise BindError(f"attention: start is {start.dtype} {tuple(start.shape)}, int64 ({batch},) is needed")
+    starts = start.tolist()
+    for sequence, first in enumerate(starts):
+        if first < 0 or first + tokens > k_cache.shape[2]:
+            raise BindError(
+                f"attention: sequence {sequence} would use cache rows {first}..{first + tokens - 1} of {k_cache.shape[2]}",
+                hint="allocate the cache for the longest sequence, prompt and answer together",
+            )
+    return starts
+
+
+def _attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, start: torch.Tensor, scale: float
+) -> torch.Tensor:
+    starts, tokens = _starts(q, k_cache, v_cache, start), q.shape[2]
+    for cache, rows in ((k_cache, k), (v_cache, v)):
+        if rows.shape != (*cache.shape[:2], tokens, cache.shape[3]) or rows.dtype != cache.dtype:
+            raise BindError(
+                f"attention: new rows {rows.dtype} {tuple(rows.shape)} do not fit the cache {cache.dtype} {tuple(cache.shape)}",
+                why=f"{tokens} tokens a sequence are written",
+            )
+        for sequence, first in _equal_starts(starts):
+            cache[sequence, :, first : first + tokens].copy_(rows[sequence])
+    return _attend_at(q, k_cache, v_cache, starts, scale)
+
+
+def _attend(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, start: torch.Tensor, scale: float) -> torch.Tensor:
+    return _attend_at(q, k_cache, v_cache, _starts(q, k_cache, v_cache, start), scale)
+
+
+def _equal_starts(starts: list[int]) -> list[tuple[slice, int]]:
+    """Runs of neighbouring sequences with one start: each is one call, and no call reads rows that another sequence lacks."""
+    runs: list[tuple[slice, int]] = []
+    for b, first in enumerate(starts):
+        if runs and runs[-1][1] == first:
+            runs[-1] = (slice(runs[-1][0].start, b + 1), first)
+        else:
+            runs.append((slice(b, b + 1), first))
+    return runs
+
+
+def _attend_at(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, starts: list[int], scale: float) -> torch.Tensor:
+    batch, heads, tokens, _ = q.shape
+    out = q.new_empty(batch, tokens, heads, v_cache.shape[3])
+    if not out.numel():
+        return out
+    for run, first in _equal_starts(starts):
+        end = first + tokens
+        keys, values = k_cache[run, :, :end], v_cache[run, :, :end]
+        if tokens == 1:
+            _one_token(q[run], keys, values, scale, out[run])
+        elif first == 0:
+            _grouped(q[run], keys, values, None, scale, out[run])
+        else:
+            for row in range(0, tokens, _MASK_ROWS):
+                rows = slice(row, min(row + _MASK_ROWS, tokens))
+                seen = first + rows.stop
+                mask = torch.arange(seen, device=q.device) <= torch.arange(first + row, seen, device=q.device)[:, None]
+                _grouped(q[run, :, rows], keys[:, :, :seen], values[:, :, :seen], mask, scale, out[run, rows])
+    return out
+
+
+def _one_token(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, out: torch.Tensor) -> None:
+    """Decode: the query heads of a group become the query rows of one head, so K and V are read once and no mask is needed."""
+    batch, heads, _, width = q.shape
+    group = q.reshape(batch, keys.shape[1], heads // keys.shape[1], width)
+    found = scaled_dot_product_attention(group, keys, values, scale=scale)
+    out.copy_(found.reshape(batch, 1, heads, values.shape[3]))
+
+
+def _grouped(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scale: float, out: torch.Tensor) -> None:
+    """Several tokens: (batch, key head) becomes the batch and the group the heads, over which K and V are broadcast with stride 0.
+
+    `mask` [S, L] is true where a row sees a position; None means causal from position 0.
+    """
+    batch, heads, tokens, width = q.shape
+    key_heads = keys.shape[1]
+    group = heads // key_heads
+    queries = q.reshape(batch, key_heads, group, tokens, width).flatten(0, 1)
+    k, v = (x.flatten(0, 1)[:, None].expand(-1, group, -1, -1) for x in (keys, values))
+    found = scaled_dot_product_attention(queries, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
+    out.copy_(found.unflatten(0, (batch, key_heads)).permute(0, 3, 1, 2, 4).reshape(out.shape))
+
+
+def _attention_shape(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, start: torch.Tensor, scale: float
+) -> torch.Tensor:
+    return _attend_shape(q, k_cache, v_cache, start, scale)
+
+
+def _attend_shape(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, start: torch.Tensor, scale: float) -> torch.Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v_cache.shape[3])
+
+
+# CompositeExplicitAutograd: built from ATen calls, so it serves every device; on an accelerator reading `start` synchronises once
+_library.impl("attention", _attention, "CompositeExplicitAutograd")
+_library.impl("attend", _attend, "CompositeExplicitAutograd")
+torch.library.register_fake(ATTENTION, _attention_shape, lib=_library)
+torch.library.register_fake(ATTEND, _attend_shape, lib=_library)

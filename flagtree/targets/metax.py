@@ -1,0 +1,78 @@
+"""MetaX C500 and C550 (MACA): facts as data, and how far this machine gets.
+
+The invariant: nothing here claims more than was seen; each fact names its source, and what has only run in the emulator says so.
+`toolchain.maca` compiles for it, `flagtree targets` prints `probe`.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from pathlib import Path
+
+from flagtree.settings import settings
+from flagtree.targets import stock_triton
+from flagtree.targets.base import Reach, Target
+
+SDK_COMPILER = Path("mxgpu_llvm") / "bin" / "mxcc"  # below MACA_PATH, where MetaX's own Triton looks for it
+MISSING = (
+    "binary (mcfatbin) needs MetaX's own compiler: MACA_PATH is not set, so no mxcc;"
+    " the MACA LLVM IR has been executed in the emulator only, never on a device"
+)
+
+
+def sdk_compiler() -> Path | None:
+    """MetaX's compiler when its SDK is installed here (the setting `maca_path`, variable MACA_PATH)."""
+    if settings.maca_path is None:
+        return None
+    compiler = settings.maca_path / SDK_COMPILER
+    return compiler if compiler.is_file() else None
+
+
+def missing_for_binary() -> str:
+    """Exactly why a kernel stops at `llir` here."""
+    if sdk_compiler() is not None:
+        return ("binary (mcfatbin): MetaX's SDK is installed here, but the last step is not built yet (`flagtree finalize` will be its command);"
+                " the MACA LLVM IR has been executed in the emulator only, never on a device")  # fmt: skip
+    if settings.maca_path is not None:
+        return MISSING.replace("MACA_PATH is not set, so no mxcc", f"MACA_PATH is set, but {SDK_COMPILER} is not below it")
+    return MISSING
+
+
+def probe() -> Reach:
+    """How far a kernel gets on this machine: `llir` with a tested Triton, else `source`.  Imports no Triton."""
+    why = stock_triton.problem()
+    if why:
+        return Reach("source", missing=f"ttir and llir: {why}", how=stock_triton.INSTALL)
+    executes = "emulator" if sys.platform == "linux" and platform.machine() == "x86_64" else ""
+    how = "run `flagtree finalize BUNDLE` on a machine with MetaX's SDK, MACA_PATH set"
+    return Reach("llir", missing=missing_for_binary(), how=how, executes=executes)
+
+
+_FLAGTREE_METAX = "FlagTree third_party/metax and MetaX-MACA/mcTriton, read as source"
+TARGETS = (
+    Target(
+        name="metax",
+        family="metax",
+        description="MetaX C500 and C550 (MACA), through Triton and our own lowering to MACA LLVM IR",
+        language="triton",
+        toolchain="maca",
+        tiers=("source", "ttir", "llir"),
+        aliases=("maca", "c500", "c550"),
+        triton=("maca", 80, 64),
+        warp=64,
+        max_threads=512,
+        shared_bytes=64 * 1024,
+        dtypes=frozenset({"b1", "u8", "i8", "i16", "i32", "i64", "f16", "bf16", "f32", "f64"}),
+        options={"processor": "xcore1000", "num_warps": 4, "num_stages": 2, "enable_fp_fusion": False},
+        facts_from={
+            "triton": f"GPUTarget('maca', 80, 64): {_FLAGTREE_METAX}; capability 80 is mcGetDeviceProperties().major 10",
+            "warp": _FLAGTREE_METAX,
+            "max_threads": "C550 allows 512 threads a block, so 8 warps: FlagGems clamps to 512 // warp size",
+            "shared_bytes": f"64 KiB a block: {_FLAGTREE_METAX}",
+            "dtypes": "what the MACA lowering carries and the emulator executes; 8-bit floats are left out",
+            "processor": "mxcc --offload-arch xcore1000, its default; a C550 reports xcore1002 and runs xcore1000 code (public reports)",
+        },
+        probe=probe,
+    ),
+)

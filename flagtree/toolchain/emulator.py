@@ -1,0 +1,352 @@
+"""Runs MACA LLVM IR on the CPU: the numeric gate of generated GPU kernels on a machine without the chip.
+
+The kernel's IR is compiled by libtriton's own LLVM for x86-64 and run with one fiber per GPU thread, in a process of its own, so that a
+fault is an error with a place and never a crash.  The invariants are in emulator_runtime.c and emulator_memory.py; docs/emulator.md
+says what an emulated run proves.  `execute_built` is what a certificate calls.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import itertools
+import json
+import os
+import random
+import select
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Union
+
+from flagtree.errors import ToolchainError
+from flagtree.toolchain.emulator_ir import to_host
+from flagtree.toolchain.emulator_memory import GUARD, Memory
+
+if TYPE_CHECKING:
+    import torch
+
+    from flagtree.toolchain.base import BuiltKernel
+
+Argument = Union["torch.Tensor", int, float]
+Block = tuple[int, int, int]
+LANES = 64
+MAX_WARPS = 8
+SHARED_BYTES = 64 * 1024
+ORDERS = ("forward", "reverse", "random:1")
+_KINDS = {"forward": 0, "reverse": 1, "random": 2}
+_INTEGERS = {"i1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "u1": 1, "u8": 1, "u16": 2, "u32": 4, "u64": 8}
+_LLVM_TYPES = {"i1": "i1", "fp32": "float", "fp64": "double"}
+_STATES = ("ready", "in a lane exchange", "at a barrier", "at the end")
+_SIGNALS = {4: "an illegal instruction", 7: "a bus error", 8: "an integer division by zero or its overflow", 11: "an access outside every argument"}
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What one emulated run did: counts of blocks, barriers of a block, lane exchanges of a warp, and switches of threads."""
+
+    blocks: int
+    barriers: int
+    exchanges: int
+    switches: int
+
+
+class Session:
+    """The emulator's process; one serves all kernels of this process.  Start-up costs about half a CPU second."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="flagtree-emulator-")
+        self.folder = Path(self._folder.name)
+        self.owner = os.getpid()
+        self.loaded: set[str] = set()
+        self._lock = threading.Lock()
+        self._errors = (self.folder / "stderr").open("w+b")
+        here = Path(__file__)
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", str(here.with_name("emulator_worker.py"))],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
+        )  # fmt: skip
+        self.request({"runtime": str(here.with_name("emulator_runtime.c")), "compiler": _compiler(), "folder": str(self.folder)}, 120)
+
+    @property
+    def alive(self) -> bool:
+        return self.owner == os.getpid() and self._process.poll() is None
+
+    def request(self, message: Mapping[str, object], seconds: float) -> dict[str, Any]:
+        """One request, one answer.  Raises ToolchainError when the process fails, dies or does not answer in time."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with self._lock:
+            try:
+                self._process.stdin.write(json.dumps(message).encode() + b"\n")
+                self._process.stdin.flush()
+                ready, _, _ = select.select([self._process.stdout], [], [], seconds)
+                line = self._process.stdout.readline() if ready else None
+            except BrokenPipeError:
+                line = b""
+        if line is None:
+            self.close()
+            raise ToolchainError("an emulated kernel does not end", why=f"no answer within {seconds:g} s", hint="run fewer blocks or smaller shapes")
+        if not line:
+            code = self._process.wait()
+            raise ToolchainError("the emulator's process died", why=f"exit status {code}: {self._stderr()}")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise ToolchainError("the emulator failed", why=answer["error"])
+        return answer
+
+    def _stderr(self) -> str:
+        return (self.folder / "stderr").read_text(errors="replace").strip()[-1000:]
+
+    def close(self) -> None:
+        """End the process and remove its files."""
+        if self.owner != os.getpid():
+            return
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._errors):
+            if stream:
+                stream.close()
+        self._folder.cleanup()
+
+
+_session: Session | None = None
+
+
+def _current() -> Session:
+    """The session of this process, started at first use and again after it died."""
+    global _session
+    if _session is None or not _session.alive:
+        if _session is not None:
+            _session.close()
+        _session = Session()
+        atexit.register(_session.close)
+    return _session
+
+
+def _compiler() -> list[str]:
+    from flagtree.toolchain.cxx import find_compiler
+
+    return [find_compiler().path]
+
+
+def missing() -> str:
+    """Why the emulator cannot run here; empty when it can (x86-64 Linux, Triton, a C compiler)."""
+    import importlib.util
+    import platform
+
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return f"the emulator runs on x86-64 Linux, not on {sys.platform} {platform.machine()}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    try:
+        _compiler()
+    except ToolchainError as error:
+        return error.what
+    return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Emulated:
+    """A kernel ready to run.  `signature`: Triton's types of its arguments in order ("*bf16", "i32", "fp32")."""
+
+    function: str
+    signature: tuple[str, ...]
+    host: str
+    key: str
+
+    def run(
+        self, grid: Sequence[int], warps: int, arguments: Sequence[Argument], blocks: Sequence[Block] | None = None, order: str = "forward",
+        *, shared: int = SHARED_BYTES, exact: bool = False, seconds: float = 120,
+    ) -> Run:  # fmt: skip
+        """Run on CPU tensors, which are written in place; `blocks` of the grid only (default: all).
+
+        `order` ("forward", "reverse", "random:<seed>") is the order of blocks, warps and lanes; forward puts each tensor right before
+        inaccessible memory, reverse right after it.  `shared` bytes are accessible.  `exact`: give no alignment beyond the element's.
+        Raises ToolchainError: an access outside every tensor, threads that wait for each other, a division by zero, no end in time.
+        """
+        memory, run = self._start(grid, warps, arguments, blocks, order, shared, exact, seconds)
+        memory.store(memory.read())
+        return run
+
+    def _start(
+        self, grid: Sequence[int], warps: int, arguments: Sequence[Argument], blocks: Sequence[Block] | None, order: str, shared: int,
+        exact: bool, seconds: float,
+    ) -> tuple[Memory, Run]:  # fmt: skip
+        kind, seed = _order(order)
+        if not 0 < warps <= MAX_WARPS or not 0 <= shared <= SHARED_BYTES:
+            raise ToolchainError(f"{warps} warps with {shared} bytes of shared memory do not fit MACA", where=self.function,
+                                 why=f"a block has at most {MAX_WARPS} warps and {SHARED_BYTES} bytes")
+        session = _current()
+        tensors = [a for a in arguments if not isinstance(a, (int, float))]
+        memory = Memory(session.folder / "memory", tensors, "start" if order == "reverse" else "end", exact)
+        self._load(session, seconds)
+        order_of_blocks = _ordered(_grid(grid) if blocks is None else list(blocks), kind, seed)
+        answer = session.request({
+            "do": "run", "key": self.key, "memory": str(memory.path), "guard": GUARD, "threads": warps * LANES, "shared": shared,
+            "regions": [(r.offset, r.size) for r in memory.regions], "slots": self._slots(arguments, memory), "order": kind, "seed": seed,
+            "blocks": list(itertools.chain.from_iterable(order_of_blocks)),
+        }, seconds)  # fmt: skip
+        self._judge(answer, memory, shared)
+        return memory, Run(*(answer[name] for name in ("blocks", "barriers", "exchanges", "switches")))
+
+    def _load(self, session: Session, seconds: float) -> None:
+        if self.key not in session.loaded:
+            path = session.folder / f"{self.key}.ll"
+            path.write_text(self.host)
+            session.request({"do": "load", "key": self.key, "path": str(path)}, seconds)
+            session.loaded.add(self.key)
+
+    def _slots(self, arguments: Sequence[Argument], memory: Memory) -> list[object]:
+        """Each argument as 8 bytes, or as (region, byte) of a tensor; the two null pointers of Triton's ABI last."""
+        if len(arguments) != len(self.signature):
+            raise ToolchainError(f"{self.function} takes {len(self.signature)} arguments, not {len(arguments)}")
+        slots: list[object] = []
+        tensors = itertools.count()
+        for i, (argument, kind) in enumerate(zip(arguments, self.signature, strict=True)):
+            is_number = isinstance(argument, (int, float))
+            if is_number == kind.startswith("*"):
+                raise ToolchainError(f"argument {i} of {self.function} must be {'a tensor' if is_number else 'a number'}", why=f"it is {kind}")
+            slots.append(_number(argument, kind) if isinstance(argument, (int, float)) else memory.slot(next(tensors)))
+        return [*slots, 0, 0]
+
+    def _judge(self, answer: Mapping[str, Any], memory: Memory, shared: int) -> None:
+        """Raise what the report says."""
+        code, place = answer["code"], f"{self.function}, block ({answer['x']}, {answer['y']}, {answer['z']})"
+        if code == 1:
+            raise ToolchainError(
+                "the threads of a block wait for each other in an emulated kernel", where=place,
+                why=f"thread {answer['thread']} is {_STATES[answer['state']]} (place {answer['site']}), "
+                    f"thread {answer['other_thread']} {_STATES[answer['other_state']]} (place {answer['other_site']})",
+                hint="a barrier or a reduction stands where not all threads of a block come",
+            )  # fmt: skip
+        if code == 2:
+            what = _SIGNALS.get(answer["signal"], f"signal {answer['signal']}")
+            at = f"{'write' if answer['wrote'] else 'read'} {memory.describe(answer['address'], answer['starts'])}" if answer["signal"] == 11 else ""
+            raise ToolchainError(f"an emulated kernel did {what}", where=f"{place}, thread {answer['thread']}", why=at,
+                                 hint="a mask or an index is wrong")
+        if code == 3:
+            raise ToolchainError("an emulated kernel wrote past its shared memory", where=place, why=f"byte {answer['address']} of {shared}")
+        if code:
+            raise ToolchainError("the emulator has no memory for its threads", where=place)
+
+
+def load(llir: str, function: str, signature: Sequence[str]) -> Emulated:
+    """A kernel of MACA LLVM IR.  Raises ToolchainError when the text has no such kernel, or with other parameters than `signature` says."""
+    host, parameters = to_host(llir, function)
+    expected = [_llvm_type(kind) for kind in signature] + ["ptr addrspace(1)"] * 2
+    if list(parameters) != expected:
+        raise ToolchainError(f"the parameters of {function} do not fit its signature", why=f"{', '.join(parameters)} against {', '.join(expected)}")
+    return Emulated(function, tuple(signature), host, hashlib.sha256(host.encode()).hexdigest()[:32])
+
+
+def _llvm_type(kind: str) -> str:
+    if kind.startswith("*"):
+        return "ptr addrspace(1)"
+    if kind in _LLVM_TYPES:
+        return _LLVM_TYPES[kind]
+    if kind in _INTEGERS:
+        return f"i{8 * _INTEGERS[kind]}"
+    raise ToolchainError(f"the emulator takes no argument of type {kind}", why="numbers are integers, fp32 or fp64")
+
+
+def _number(value: float, kind: str) -> int:
+    """A number as the low bytes of an 8-byte slot."""
+    if kind == "fp32":
+        return int.from_bytes(struct.pack("<f", value), "little")
+    if kind == "fp64":
+        return int.from_bytes(struct.pack("<d", value), "little")
+    if isinstance(value, float):
+        raise ToolchainError(f"a kernel takes {kind}, not the float {value}")
+    bits = 8 * _INTEGERS[kind]
+    if not -(1 << (bits - 1)) <= value < 1 << bits:
+        raise ToolchainError(f"{value} does not fit {kind}")
+    return value % (1 << bits)
+
+
+def _order(order: str) -> tuple[int, int]:
+    name, _, seed = order.partition(":")
+    if name not in _KINDS or (seed and not seed.isdigit()) or bool(seed) != (name == "random"):
+        raise ToolchainError(f"unknown order '{order}'", hint="forward, reverse or random:<seed>")
+    return _KINDS[name], int(seed or 0)
+
+
+def _grid(grid: Sequence[int]) -> list[Block]:
+    x, y, z = (*grid, 1, 1)[:3]
+    return [(i, j, k) for k in range(z) for j in range(y) for i in range(x)]
+
+
+def _ordered(blocks: list[Block], kind: int, seed: int) -> list[Block]:
+    if kind == _KINDS["random"]:
+        random.Random(seed).shuffle(blocks)
+    return blocks[::-1] if kind == _KINDS["reverse"] else blocks
+
+
+def sample_blocks(grid: Sequence[int], count: int, seed: int = 0) -> list[Block]:
+    """At most `count` blocks of a grid: the first, the last and random ones, in order."""
+    x, y, z = (*grid, 1, 1)[:3]
+    total = x * y * z
+    chosen = set(range(total)) if total <= count else {0, total - 1, *random.Random(seed).sample(range(total), max(0, count - 2))}
+    return [(i % x, i // x % y, i // (x * y)) for i in sorted(chosen)]
+
+
+def evaluate_index(expression: object, values: Mapping[str, int]) -> int:
+    """The integer of an index expression in JSON (docs/architecture.md): a number, a name, or [op, a, b, ...].  ToolchainError otherwise."""
+    if isinstance(expression, int) and not isinstance(expression, bool):
+        return expression
+    if isinstance(expression, str) and expression in values:
+        return values[expression]
+    if isinstance(expression, (list, tuple)) and len(expression) >= 3:
+        first, *rest = (evaluate_index(e, values) for e in expression[1:])
+        for value in rest:
+            match expression[0]:
+                case "+":
+                    first += value
+                case "*":
+                    first *= value
+                case "//" if value > 0:
+                    first //= value
+                case "%" if value > 0:
+                    first %= value
+                case _:
+                    raise ToolchainError(f"not an index expression: {expression!r}")
+        return first
+    raise ToolchainError(f"not an index expression: {expression!r}", why=f"names: {', '.join(sorted(values))}")
+
+
+def execute_built(
+    built: BuiltKernel, variant: str, buffers: Sequence[torch.Tensor], symbols: Sequence[int], orders: Sequence[str] = ORDERS,
+    blocks: Sequence[Block] | None = None, seconds: float = 120,
+) -> list[Run]:  # fmt: skip
+    """Run a kernel that `toolchain.maca` built on CPU tensors b0, b1, … and the values of n0, n1, …; the tensors are written in place.
+
+    `variant` is "aligned" or "generic" (run without any alignment beyond the element's).  The kernel starts from the same bytes once for
+    each of `orders`; ToolchainError when two orders differ in a bit (a race), and for what `Emulated.run` raises.
+    """
+    launch: Mapping[str, Any] = built.launch
+    text = built.files.get(f"{variant}.llir")
+    if text is None:
+        raise ToolchainError(f"the kernel {built.digest[:16]} has no {variant}.llir", why=f"tier {built.tier}", hint="build it with toolchain.maca")
+    kernel = load(text.decode(), launch["function"], [kind for _, kind in launch["signature"]])
+    grid = [evaluate_index(e, {f"n{i}": value for i, value in enumerate(symbols)}) for e in launch["grid"]]
+    if not all(grid):
+        return []
+    shared = launch["variants"][variant]["shared"]
+    runs: list[Run] = []
+    first: list[bytes] = []
+    for order in orders:
+        memory, run = kernel._start(grid, launch["warps"], [*buffers, *symbols], blocks, order, shared, variant == "generic", seconds)
+        contents = memory.read()
+        if runs and contents != first:
+            changed = [r.members for r, a, b in zip(memory.regions, first, contents, strict=True) if a != b]
+            raise ToolchainError(f"the emulated kernel {kernel.function} gives other bits in another order of threads",
+                                 why=f"{orders[0]} and {order} differ in argument {changed}", hint="two threads race: a barrier is missing")
+        runs.append(run)
+        first = contents
+    if runs:
+        memory.store(first)
+    return runs

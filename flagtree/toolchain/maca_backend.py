@@ -1,0 +1,251 @@
+"""The backend `maca` for stock Triton 3.6 to 3.9: TTIR to TTGIR with 64-lane warps to MACA LLVM IR, without vendor software.
+
+Imports triton, so only worker processes import this module.  The invariant: it is registered in code, at first use, and never where
+a vendor's own `maca` stands.  `triton.compile(source, target=GPUTarget("maca", 80, 64))` then runs the stages below.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import triton
+from triton._C.libtriton import amd, ir, llvm, passes
+from triton.backends import Backend, backends
+from triton.backends.compiler import BaseBackend, GPUTarget, Language
+from triton.backends.driver import DriverBase
+
+from flagtree.errors import ToolchainError
+from flagtree.toolchain.maca_ir import LANES, convert
+
+NAME = "maca"
+TESTED = ((3, 6), (3, 7), (3, 8), (3, 9))   # pass bindings are Triton internals: an untested release is refused
+PROCESSORS = {80: "xcore1000", 86: "xcore1500", 89: "xcore1600"}  # capability -> mxcc --offload-arch
+SHARED_BYTES = 64 * 1024                     # of one block
+MAX_WARPS = 8                                # C550: 512 threads a block
+# The wave64 ISA whose lowering is borrowed: every tested release has it, and it uses no buffer instructions unless asked.
+LOWERING = "gfx90a"
+
+
+def register() -> None:
+    """Make `maca` known to this process's Triton.
+
+    Does nothing when a backend of that name is there (ours, or MetaX's own).  Raises ToolchainError for an untested Triton.
+    """
+    if NAME in backends:
+        return
+    release = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if release not in TESTED:
+        tested = ", ".join(f"{major}.{minor}" for major, minor in TESTED)
+        raise ToolchainError(f"the MACA lowering is not tested with Triton {triton.__version__}", why=f"tested: {tested}",
+                             hint='install "triton>=3.6,<3.10"')
+    backends[NAME] = Backend(compiler=MacaBackend, driver=MacaDriver)
+
+
+@dataclass(frozen=True)
+class MacaOptions:
+    """Triton's options of one compilation.  Raises ToolchainError for what the hardware does not have."""
+
+    num_warps: int = 4
+    num_ctas: int = 1
+    num_stages: int = 2
+    warp_size: int = LANES
+    maxnreg: int | None = None
+    enable_fp_fusion: bool = False
+    supported_fp8_dtypes: tuple[str, ...] = ("fp8e5", "fp8e4nv")
+    deprecated_fp8_dot_operand_dtypes: tuple[str, ...] = ()
+    default_dot_input_precision: str = "ieee"
+    allowed_dot_input_precisions: tuple[str, ...] = ("ieee",)
+    launch_cooperative_grid: bool = False
+    max_num_imprecise_acc_default: int = 0
+    extern_libs: object = None
+    debug: bool = False
+    backend_name: str = NAME
+    sanitize_overflow: bool = False
+    arch: int = 80
+    instrumentation_mode: str = ""
+    matrix_cores: bool = True  # False: tl.dot by fused multiply-adds
+
+    def __post_init__(self) -> None:
+        if not 0 < self.num_warps <= MAX_WARPS or self.num_warps & (self.num_warps - 1):
+            raise ToolchainError(f"num_warps={self.num_warps} does not fit MACA", why=f"a block has at most {MAX_WARPS} warps of {LANES} threads",
+                                 hint="use 1, 2, 4 or 8")
+        if self.num_ctas != 1:
+            raise ToolchainError(f"num_ctas={self.num_ctas} does not fit MACA", why="the hardware has no thread block clusters")
+        object.__setattr__(self, "extern_libs", ())
+
+    def hash(self) -> str:
+        return hashlib.sha256("_".join(f"{k}-{v}" for k, v in sorted(self.__dict__.items())).encode()).hexdigest()
+
+
+class MacaBackend(BaseBackend):
+    """Stages `ttir`, `ttgir`, `llir`; the result of `llir` is the text of a MACA module."""
+
+    binary_ext = "llir"
+
+    def __init__(self, target: GPUTarget) -> None:
+        super().__init__(target)
+        if target.arch not in PROCESSORS or target.warp_size != LANES:
+            raise ToolchainError(f"unknown MACA target {target}", why=f"capabilities: {sorted(PROCESSORS)}, warps of {LANES}")
+        self.binary_ext = "llir"
+
+    @staticmethod
+    def supports_target(target: GPUTarget) -> bool:
+        return target.backend == NAME
+
+    def parse_options(self, opts: dict[str, Any]) -> MacaOptions:
+        fields = MacaOptions.__dataclass_fields__
+        return MacaOptions(**{"arch": self.target.arch, **{k: v for k, v in opts.items() if k in fields and v is not None and k != "arch"}})
+
+    def pack_metadata(self, metadata: Any) -> tuple[int, int, int]:
+        return metadata.num_warps, metadata.num_ctas, metadata.shared
+
+    def get_codegen_implementation(self, options: MacaOptions) -> dict[str, Callable]:
+        # the smallest tl.dot that MetaX's Triton 3.1 accepts
+        return {"min_dot_size": lambda left, right: (16, 16, 32 if left.scalar.primitive_bitwidth == 8 else 16)}
+
+    def get_module_map(self) -> dict[str, ModuleType]:
+        # CUDA's names, as in MetaX's own Triton: the converter gives each its MACA form
+        from triton.language.extra.cuda import libdevice
+
+        return {"triton.language.extra.libdevice": libdevice}
+
+    def load_dialects(self, ctx: Any) -> None:
+        amd.load_dialects(ctx)
+
+    @functools.lru_cache  # noqa: B019 - Triton asks once per backend, and keeps few
+    def hash(self) -> str:
+        return f"{NAME}-{triton.__version__}-{self.target.arch}"
+
+    def add_stages(self, stages: dict[str, Callable], options: MacaOptions, language: Language = Language.TRITON) -> None:
+        if language != Language.TRITON:
+            raise ToolchainError(f"the MACA lowering takes Triton, not {language}")
+        stages["ttir"] = lambda module, metadata: make_ttir(module)
+        stages["ttgir"] = lambda module, metadata: make_ttgir(module, options)
+        stages["llir"] = lambda module, metadata: make_llir(module, metadata, options).encode()
+
+
+class MacaDriver(DriverBase):
+    """A driver that is never active: it must not compete with CUDA's on a machine that has a GPU."""
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return False
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        raise self._absent()
+
+    def get_current_target(self) -> GPUTarget:
+        raise self._absent()
+
+    def get_active_torch_device(self) -> Any:
+        raise self._absent()
+
+    def get_benchmarker(self) -> Any:
+        raise self._absent()
+
+    @staticmethod
+    def _absent() -> ToolchainError:
+        return ToolchainError("the MACA lowering only compiles", why="it has no driver", hint="load the bundle on a machine with MetaX's SDK")
+
+
+def _manager(module: Any) -> Any:
+    manager = ir.pass_manager(module.context)
+    manager.enable_debug()
+    return manager
+
+
+def _add(namespace: Any, name: str, manager: Any, *signatures: tuple) -> None:
+    """Add a pass whose binding changed between releases: with the first argument list that fits."""
+    add = getattr(namespace, name)
+    for arguments in signatures:
+        try:
+            add(manager, *arguments)
+        except TypeError:
+            continue
+        return
+    raise ToolchainError(f"the MACA lowering cannot use Triton {triton.__version__}", why=f"the pass {name} has an unknown signature")
+
+
+def make_ttir(module: Any) -> Any:
+    """Target-independent cleaning of Triton IR, the upstream list."""
+    manager = _manager(module)
+    passes.common.add_inliner(manager)
+    if hasattr(passes.ttir, "add_rewrite_tensor_pointer"):  # until 3.8
+        passes.ttir.add_rewrite_tensor_pointer(manager)
+    passes.ttir.add_rewrite_tensor_descriptor_to_pointer(manager)
+    passes.common.add_canonicalizer(manager)
+    passes.ttir.add_combine(manager)
+    passes.ttir.add_reorder_broadcast(manager)
+    passes.common.add_cse(manager)
+    passes.ttir.add_triton_licm(manager)
+    passes.common.add_symbol_dce(manager)
+    passes.ttir.add_loop_unroll(manager)
+    manager.run(module, "make_ttir")
+    return module
+
+
+def make_ttgir(module: Any, options: MacaOptions) -> Any:
+    """Layouts for warps of 64 lanes; `tl.dot` to matrix instructions of 16x16x16."""
+    manager = _manager(module)
+    passes.ttir.add_convert_to_ttgpuir(manager, f"{NAME}:{options.arch}", options.num_warps, LANES, 1)
+    passes.ttgpuir.add_coalesce(manager)
+    passes.ttgpuir.add_f32_dot_tc(manager, False)
+    passes.ttgpuir.add_remove_layout_conversions(manager)
+    passes.ttgpuir.add_optimize_thread_locality(manager)
+    if options.matrix_cores:
+        amd.passes.ttgpuir.add_accelerate_matmul(manager, LOWERING, 16, 1)
+        passes.ttgpuir.add_remove_layout_conversions(manager)
+        amd.passes.ttgpuir.add_optimize_dot_operands(manager, LOWERING)
+    passes.ttgpuir.add_remove_layout_conversions(manager)
+    passes.ttgpuir.add_reduce_data_duplication(manager)
+    passes.ttir.add_loop_aware_cse(manager)
+    passes.common.add_canonicalizer(manager)
+    passes.common.add_cse(manager)
+    passes.common.add_symbol_dce(manager)
+    manager.run(module, "make_ttgir")
+    if not module.verify():
+        raise ToolchainError("Triton's GPU IR does not verify after the MACA layouts")
+    return module
+
+
+def make_llir(module: Any, metadata: dict[str, Any], options: MacaOptions) -> str:
+    """MACA LLVM IR.  Sets `shared` (bytes), `num_warps` and `name`.  Raises ToolchainError above the hardware's shared memory."""
+    # the borrowed lowering asks the module for an AMD processor, for this step only
+    module.set_attr("ttg.target", ir.builder(module.context).get_string_attr(f"hip:{LOWERING}"))
+    manager = _manager(module)
+    passes.convert.add_scf_to_cf(manager)
+    passes.convert.add_index_to_llvmir(manager)
+    _add(amd.passes.ttgpuir, "add_allocate_shared_memory", manager, (LOWERING,), ())
+    if hasattr(amd.passes.ttgpuir, "add_membar"):  # part of the lowering in 3.6
+        _add(amd.passes.ttgpuir, "add_membar", manager, (LOWERING,), ())
+    passes.ttgpuir.add_allocate_global_scratch_memory(manager)
+    amd.passes.ttgpuir.add_to_llvmir(manager, LOWERING, True)
+    passes.common.add_canonicalizer(manager)
+    passes.common.add_cse(manager)
+    passes.convert.add_cf_to_llvmir(manager)
+    passes.convert.add_arith_to_llvmir(manager)
+    passes.common.add_canonicalizer(manager)
+    passes.common.add_cse(manager)
+    passes.common.add_symbol_dce(manager)
+    _add(amd.passes.ttgpuir, "add_builtin_func_to_llvmir", manager, (LOWERING, True), (True,))
+    if hasattr(passes.convert, "add_reconcile_unrealized_casts"):
+        passes.convert.add_reconcile_unrealized_casts(manager)
+    manager.run(module, "make_llir")
+    shared: int = module.get_int_attr("ttg.shared")
+    if shared > SHARED_BYTES:
+        raise ToolchainError(f"the kernel needs {shared} bytes of shared memory", why=f"a block has {SHARED_BYTES}",
+                             hint="use smaller tiles or fewer stages")
+    metadata["shared"], metadata["num_warps"], metadata["tensordesc_meta"] = shared, options.num_warps, None
+    for kind in ("global_scratch", "profile_scratch"):
+        metadata[f"{kind}_size"] = module.get_int_attr(f"ttg.{kind}_memory_size") or 0
+        metadata[f"{kind}_align"] = module.get_int_attr(f"ttg.{kind}_memory_alignment") or 1
+    llvm.init_targets()
+    context = llvm.context()
+    result = convert(str(llvm.to_module(module, context)), PROCESSORS[options.arch], options.num_warps)
+    metadata["name"] = result.function
+    return result.text

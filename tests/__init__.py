@@ -1,0 +1,1 @@
+"""The tests mirror the package: `tests/<part>/test_*.py`.  What several of them share is imported as `tests.<part>.<module>`."""

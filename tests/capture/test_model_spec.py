@@ -1,0 +1,238 @@
+"""Model descriptions: names, files, hostile files, wrong fields with file, line and the closest name; the capture key."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from flagtree.capture import model_spec
+from flagtree.capture.model_spec import ModelSpec, list_specs, load_spec, models_folder, spec_key
+from flagtree.errors import CaptureError, UnknownName
+
+GOOD = """\
+name: small
+architecture: Qwen3ForCausalLM
+dtype: bfloat16
+config:
+  vocab_size: 97
+  hidden_size: 32
+  intermediate_size: 48
+  num_hidden_layers: 4
+  num_attention_heads: 4
+  max_position_embeddings: 64
+  tie_word_embeddings: false
+parts:
+  prefill: {batch: [1, 4], sequence: [1, 32], context: [1, 64]}
+  decode: {batch: [1, 4], context: [1, 64]}
+card:
+  benchmarks:
+    - {name: a, reference: 0.5}
+"""
+
+
+def write(folder: Path, text: str, name: str = "wörk one.yaml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_description_file_loads(tmp_path: Path) -> None:
+    spec = load_spec(write(tmp_path, GOOD))
+    assert (spec.name, spec.depth, spec.key_heads, spec.head_width) == ("small", 4, 4, 8)
+    assert spec.bounds("prefill").sequence == (1, 32)
+    assert spec.bounds("decode").sequence is None
+    assert spec.capture.layers == 3
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "messages"),
+    [
+        ("dtype: bfloat16", "dtyp: bfloat16", 3, ["unknown field 'dtyp'", "closest: dtype"]),
+        ("sequence: [1, 32]", "sequnce: [1, 32]", 13, ["unknown field 'sequnce'", "closest: sequence"]),
+        ("reference: 0.5", "referense: 0.5", 17, ["unknown field 'referense'", "closest: reference"]),
+        ("  hidden_size: 32", "  hiden_size: 32", 6, ["'hidden_size' is missing", "is 'hiden_size' meant"]),
+        ("  intermediate_size: 48\n", "", 4, ["'intermediate_size' is missing", "no default is taken"]),
+        ("name: small\n", "", None, ["name: Field required"]),
+        ("dtype: bfloat16", "dtype: int3", 3, ["dtype", "'bfloat16'"]),
+        ("batch: [1, 4], sequence", "batch: [8, 4], sequence", 13, ["lower bound 8 is above the upper bound 4"]),
+        ("batch: [1, 4], sequence", "batch: [0, 4], sequence", 13, ["greater than or equal to 1"]),
+        ("{batch: [1, 4], sequence: [1, 32],", "{batch: [1, 4],", 12, ["prefill needs bounds for 'sequence'"]),
+        ("decode: {batch", "decode: {sequence: [1, 2], batch", 12, ["one token a sequence"]),
+        ("vocab_size: 97", "vocab_size: many", 5, ["'vocab_size' must be a positive integer"]),
+        ("num_attention_heads: 4", "num_attention_heads: 5", 6, ["no multiple of 'num_attention_heads'"]),
+        ("name: small", "name: small\nname: other", 2, ["'name' is given twice", "first in line 1"]),
+        ("name: small", "name: &a small", None, []),
+        ("dtype: bfloat16", "dtype: [", None, ["not YAML"]),
+        ("name: small", "name: !!python/object/apply:os.getcwd []", 1, ["could not determine a constructor"]),
+    ],
+)
+def test_a_wrong_field_names_file_line_and_closest_name(tmp_path: Path, old: str, new: str, line: int | None, messages: list[str]) -> None:
+    assert old in GOOD
+    path = write(tmp_path, GOOD.replace(old, new, 1))
+    if not messages:  # an anchor that nobody refers to does no harm
+        assert load_spec(path).name == "small"
+        return
+    with pytest.raises(CaptureError) as error:
+        load_spec(path)
+    text = str(error.value)
+    assert (f"{path}:{line}" if line else str(path)) in text
+    for message in messages:
+        assert message in text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: &x [1]\nb: *x\n", "anchors are not allowed"),
+        ("[" * 100 + "]" * 100, "nested too deeply"),
+        ("", "not a mapping"),
+        ("- 1\n", "not a mapping"),
+        ("a: 1\n---\nb: 2\n", "not YAML"),
+        ("x" * (1 << 20) + "y", "too large"),
+        ("a: \x01\n", "not YAML"),
+    ],
+    ids=["anchor", "depth", "empty", "list", "two documents", "size", "control character"],
+)
+def test_a_hostile_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(CaptureError, match=message):
+        load_spec(write(tmp_path, text))
+
+
+def test_a_file_that_is_no_text_and_one_that_is_missing(tmp_path: Path) -> None:
+    path = tmp_path / "model.yaml"
+    with pytest.raises(CaptureError, match="No such file"):
+        load_spec(path)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(CaptureError, match="not UTF-8"):
+        load_spec(path)
+
+
+def config_json(folder: Path, **changes: Any) -> Path:
+    config = {
+        **yaml.safe_load(GOOD)["config"],
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "torch_dtype": "float16",
+        "transformers_version": "4.51.0",
+        **changes,
+    }
+    path = folder / "config.json"
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}), encoding="utf-8")
+    return path
+
+
+def test_a_published_configuration_is_a_description(tmp_path: Path) -> None:
+    path = config_json(tmp_path)
+    spec = load_spec(path)
+    assert spec == load_spec(tmp_path) == load_spec(str(path))
+    assert (spec.name, spec.architecture, spec.dtype, spec.depth) == ("llama-32x4", "LlamaForCausalLM", "float16", 4)
+    assert spec.bounds("prefill").context == (1, 64)
+    assert str(tmp_path) not in spec.model_dump_json()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": None}, "names no model class"),
+        ({"architectures": ["A", "B"]}, "names no model class"),
+        ({"torch_dtype": None}, "names no dtype"),
+        ({"hidden_size": None}, "'hidden_size' is missing"),
+        ({"num_hidden_layers": 0}, "'num_hidden_layers' must be a positive integer"),
+        ({"max_position_embeddings": -1}, "'max_position_embeddings' must be a positive integer"),
+    ],
+)
+def test_an_incomplete_configuration_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CaptureError, match=message):
+        load_spec(config_json(tmp_path, **changes))
+
+
+def test_broken_json_names_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{\n"a": 1,\n}', encoding="utf-8")
+    with pytest.raises(CaptureError, match=r"config\.json:3"):
+        load_spec(path)
+    path.write_text("[" * 100_000, encoding="utf-8")
+    with pytest.raises(CaptureError, match=r"nested too deeply|not JSON"):
+        load_spec(path)
+
+
+def test_names_and_aliases_find_a_shipped_model_and_others_list_the_closest() -> None:
+    names = {name for spec in list_specs() for name in (spec.name, *spec.aliases)}
+    assert {"qwen3", "qwen3-8b", "Qwen/Qwen3-8B"} <= names
+    assert load_spec("qwen3") is load_spec("QWEN/qwen3-8b")
+    with pytest.raises(UnknownName) as error:
+        load_spec("qwen33")
+    assert "closest: qwen3" in str(error.value)
+    assert error.value.exit_code == 2
+
+
+def test_two_models_of_one_name_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, GOOD, "a.yaml")
+    write(tmp_path, GOOD.replace("name: small", "name: other\naliases: [Small]"), "b.yaml")
+    monkeypatch.setattr(model_spec, "models_folder", lambda: tmp_path)
+    with pytest.raises(CaptureError, match="two models are called 'Small'"):
+        list_specs()
+
+
+def test_the_folder_of_an_installed_wheel_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert models_folder().name == "models"
+    (tmp_path / "flagtree" / "capture").mkdir(parents=True)
+    monkeypatch.setattr(model_spec, "__file__", str(tmp_path / "flagtree" / "capture" / "model_spec.py"))
+    with pytest.raises(CaptureError, match="folder of model descriptions is missing"):
+        models_folder()
+    (tmp_path / "models").mkdir()
+    assert models_folder() == tmp_path / "models"
+    (tmp_path / "flagtree" / "_models").mkdir()
+    assert models_folder() == tmp_path / "flagtree" / "_models"
+
+
+def test_a_key_has_every_factor_and_nothing_else(tmp_path: Path) -> None:
+    spec = load_spec(write(tmp_path, GOOD))
+    key = spec_key(spec, "prefill")
+    assert json.loads(json.dumps(key)) == json.loads(json.dumps(spec_key(load_spec(write(tmp_path, GOOD, "other.yaml")), "prefill")))
+    assert str(tmp_path) not in json.dumps(key)
+    others = [
+        spec_key(spec, "decode"),
+        spec_key(spec, "prefill", layers=2),
+        spec_key(spec, "prefill", dtype="float16"),
+        spec_key(spec.with_depth(5), "prefill"),
+        spec_key(load_spec(write(tmp_path, GOOD.replace("hidden_size: 32", "hidden_size: 64"))), "prefill"),
+        spec_key(load_spec(write(tmp_path, GOOD.replace("sequence: [1, 32]", "sequence: [1, 31]"))), "prefill"),
+    ]
+    texts = [json.dumps(k, sort_keys=True) for k in (key, *others)]
+    assert len(set(texts)) == len(texts)
+    same = load_spec(write(tmp_path, GOOD.replace("reference: 0.5", "reference: 0.6") + "serving: {port: 1}\naliases: [x]\n"))
+    assert spec_key(same, "prefill") == key
+    assert spec_key(spec, "prefill", dtype="bf16") == key
+
+
+def test_another_depth_of_the_same_model(tmp_path: Path) -> None:
+    spec = load_spec(write(tmp_path, GOOD))
+    deeper = spec.with_depth(144)
+    assert (deeper.depth, deeper.capture.weights, spec.depth) == (144, None, 4)
+    assert deeper.parts == spec.parts
+
+
+def test_listing_and_keys_import_neither_torch_nor_transformers(repository: Path) -> None:
+    code = """
+import sys
+from flagtree.capture.model_spec import list_specs, load_spec, spec_key
+assert list_specs()
+key = spec_key(load_spec("qwen3"), "prefill")
+assert key["torch"]
+assert key["transformers"]
+print([m for m in ("torch", "transformers", "numpy") if m in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_spec_round_trips_through_json() -> None:
+    spec = load_spec("qwen3")
+    assert ModelSpec.model_validate_json(spec.model_dump_json()) == spec

@@ -1,0 +1,68 @@
+"""The tables that `flagtree compile` prints: every column, at a narrow and a wide terminal, and nothing claimed that nobody told."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from flagtree.check.report import BundleReport, CompileReport, KernelRow, PartReport
+from flagtree.cli.table import print_report, short_ops, size, stored_report
+from tests.cli.reports import report
+
+
+def printed(shown: CompileReport, width: int) -> str:
+    out = io.StringIO()
+    print_report(shown, Console(file=out, width=width))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_every_fact_is_there_and_no_line_is_too_wide(width: int) -> None:
+    text = printed(report(), width)
+    assert max(map(len, text.splitlines())) <= width
+    for heading in ("kernel", "fused ops", "tier", "runs", "before", "after", "regs", "shared", "extern", "reason", "calls", "bytes"):
+        assert heading in text
+    for fact in ("add_rms_norm", "352 MB", "67.1 MB", "512 B", "aten.linear.default", "gemm", "25.1 GB", "288 calls", "73 launches",
+                 "batch 1 to 64", "tokens 1 to 40960 in steps of 8", "399 by name", "3 maca-ir (emulated)", "beyond llir", "9f" * 32,
+                 "qwen3-metax", "capture 9.4 s"):
+        assert fact in text, fact
+
+
+def test_what_nobody_told_is_a_dash_and_not_a_zero() -> None:
+    row = KernelRow("k0", "a" * 64, "decode", 1, ("aten.add.Tensor",), "source", "", 8, 4)
+    part = PartReport("decode", "metax", (row,), (), launches_total=1, weights=0)
+    text = printed(CompileReport("m", (BundleReport("metax", "/b", "c" * 64, (part,), {"source": 1}),)), 80)
+    line = next(line for line in text.splitlines() if line.startswith("k0"))
+    assert line.split()[-2:] == ["-", "-"]
+    assert "executed  nothing" in text
+    assert "extern  " not in text.splitlines()[1]
+
+
+def test_names_are_text_and_never_markup() -> None:
+    row = KernelRow("[red]k[/red]", "a" * 64, "decode", 1, ("aten.add[bold].x",), "source", "needs [link]", 8, 4)
+    part = PartReport("decode", "metax", (row,), (), launches_total=1, weights=0)
+    text = printed(CompileReport("m", (BundleReport("metax", "/[b]", "c" * 64, (part,), {"source": 1}),)), 140)
+    assert "[red]k[/red]" in text
+    assert "needs [link]" in text
+    assert "/[b]" in text
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (999_499, "999 kB"), (999_500, "1 MB"), (3_024_000_000, "3.02 GB"), (None, "-"),
+     (16_381_470_720_000, "16.4 TB")],
+)
+def test_sizes_have_three_digits_in_powers_of_a_thousand(count: int | None, shown: str) -> None:
+    assert size(count) == shown
+
+
+def test_ops_are_short_and_neighbours_counted() -> None:
+    assert short_ops(("aten.mul.Tensor", "aten.mul.Scalar", "aten.add.Tensor", "aten.mul.Tensor", "plain")) == "mul×2, add, mul, plain"
+    assert short_ops(()) == ""
+
+
+def test_the_report_in_a_launch_list_is_found_or_not_there() -> None:
+    part = report().bundles[0].parts[0]
+    assert stored_report({"report": part.to_dict()}) == part
+    assert stored_report({"steps": []}) is None
+    assert stored_report({"report": {"name": 1}}) is None
