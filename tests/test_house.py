@@ -26,14 +26,15 @@ ARROWS = {
     "lower": {"ir"},
     "passes": {"ir", "targets"},
     "codegen": {"ir", "targets"},
-    "toolchain": {"codegen", "ir", "targets"},
+    "toolchain": {"codegen", "ir", "targets", "artifact"},
     "artifact": set(),
     "runtime": {"artifact"},
     "serve": {"artifact", "runtime"},
 }
 FREE = {"errors", "settings", "progress"}
-# The registered entry point of torch.compile, which imports the compiler on a miss.
-ON_A_MISS = {"runtime/compile.py": {"compile", "capture"}}
+# Imports that stand inside a function, and so happen only when it is called: a target's probe asks the toolchain, and the
+# registered entry point of torch.compile imports the compiler on a miss.
+WHEN_CALLED = {"targets/cpu.py": {"toolchain"}, "runtime/compile.py": {"compile", "capture"}}
 NO_COMPILER = {"artifact", "runtime", "serve"}
 COMPILER_LIBRARIES = {"sympy", "networkx", "jinja2", "triton"}
 UNSAFE_IMPORTS = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle"}
@@ -57,20 +58,20 @@ def part_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imports(path: Path) -> Iterator[tuple[int, str]]:
-    """Line and dotted module of each import, wherever it stands, those for type checkers left out."""
+def imports(path: Path) -> Iterator[tuple[ast.stmt, str]]:
+    """Each import statement with its dotted module, wherever it stands, those for type checkers left out."""
     unchecked = {id(inner) for node in ast.walk(tree(path)) if isinstance(node, ast.If) and _is_type_checking(node.test)
                  for statement in node.body for inner in ast.walk(statement)}
     for node in ast.walk(tree(path)):
         if id(node) in unchecked:
             continue
         if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
+            yield from ((node, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: imports are absolute"
             module = node.module or ""
-            yield node.lineno, module
-            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names if module == "flagtree")
+            yield node, module
+            yield from ((node, f"{module}.{alias.name}") for alias in node.names if module == "flagtree")
 
 
 def _is_type_checking(test: ast.expr) -> bool:
@@ -106,9 +107,12 @@ def test_imports_run_one_way() -> None:
         part = part_of(path)
         if part not in ARROWS:
             continue
-        allowed = ARROWS[part] | FREE | {part} | ON_A_MISS.get(str(path.relative_to(PACKAGE)), set())
-        for line, module in imports(path):
-            if module.startswith("flagtree.") and module.split(".")[1] not in allowed and (PACKAGE / module.split(".")[1]).exists():
+        when_called = WHEN_CALLED.get(path.relative_to(PACKAGE).as_posix(), set())
+        inside = {id(node) for f in ast.walk(tree(path)) if isinstance(f, ast.FunctionDef) for node in ast.walk(f)}
+        for node, module in imports(path):
+            line = node.lineno
+            allowed = ARROWS[part] | FREE | {part} | (when_called if id(node) in inside else set())
+            if module.startswith("flagtree.") and module.split(".")[1] not in allowed | {"__version__"}:
                 broken.append(f"{path.relative_to(ROOT)}:{line}: {part} may not import {module}")
             if part in NO_COMPILER and module.split(".")[0] in COMPILER_LIBRARIES:
                 broken.append(f"{path.relative_to(ROOT)}:{line}: {part} may not import {module}")
@@ -129,9 +133,9 @@ def test_one_place_reads_the_environment() -> None:
 def test_nothing_unpickles_or_evaluates_text() -> None:
     broken = []
     for path in sources():
-        for line, module in imports(path):
+        for statement, module in imports(path):
             if module.split(".")[0] in UNSAFE_IMPORTS:
-                broken.append(f"{path.relative_to(ROOT)}:{line}: imports {module}")
+                broken.append(f"{path.relative_to(ROOT)}:{statement.lineno}: imports {module}")
         for node in ast.walk(tree(path)):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec"):
                 broken.append(f"{path.relative_to(ROOT)}:{node.lineno}: calls {node.func.id}")

@@ -15,16 +15,19 @@ import os
 import secrets
 import shutil
 import stat
+import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from flagtree.artifact import files
-from flagtree.errors import BundleError
+from flagtree.errors import BundleError, FlagtreeError
 
 SUFFIX = ".ftb"
 _MAX_FILES = 100_000
 _HOW = "--out names another place"
+# what zipfile raises for bytes that are no archive, found by cutting and flipping them
+_BAD_ZIP = (zipfile.BadZipFile, KeyError, NotImplementedError, RuntimeError, EOFError, ValueError, OverflowError, struct.error)
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
@@ -59,10 +62,10 @@ class _Archive(Container):
         try:
             with zipfile.ZipFile(self.path) as archive:
                 return archive.read(name)
-        except (zipfile.BadZipFile, KeyError, NotImplementedError, RuntimeError, EOFError, ValueError) as e:
+        except _BAD_ZIP as e:
             raise _damaged(self.path, str(e)) from None
         except OSError as e:
-            raise files.reading_failed(e, str(self.path)) from None
+            raise _archive_failed(e, self.path) from None
 
     def replace(self, name: str, data: bytes) -> None:
         content = {n: self.read(n, files.MAX_FILE) for n in self.sizes}
@@ -121,13 +124,19 @@ def _list_archive(path: Path) -> dict[str, int]:
                 if item.compress_type != zipfile.ZIP_STORED or item.file_size != item.compress_size or item.flag_bits & 0x1:
                     raise BundleError("a bundle file holds plain bytes only", where=f"{path}/{name}", why="it is compressed or encrypted")
                 sizes[name] = item.file_size
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError) as e:
+    except _BAD_ZIP as e:
         raise _damaged(path, str(e)) from None
     except OSError as e:
-        raise files.reading_failed(e, str(path)) from None
+        raise _archive_failed(e, path) from None
     if sum(sizes.values()) > total:  # stored files cannot overlap in an honest archive
         raise _damaged(path, "it declares more bytes than it has")
     return sizes
+
+
+def _archive_failed(error: OSError, path: Path) -> FlagtreeError:
+    if error.errno == errno.EINVAL:  # an offset in the archive points before its start
+        return _damaged(path, "an offset lies outside the file")
+    return files.reading_failed(error, str(path))
 
 
 def _damaged(path: Path, why: str) -> BundleError:

@@ -225,7 +225,10 @@ def _write(folder: Path, content: Mapping[str, bytes]) -> None:
 def _sweep(folder: Path) -> None:
     """Empty tmp/; only called under the lock."""
     for leftover in folder.iterdir() if folder.is_dir() else ():
-        shutil.rmtree(leftover, ignore_errors=True)
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 def _reason(error: Exception) -> str:

@@ -33,7 +33,7 @@ def cached_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    flagtree_cache: ExplicitCache,
+    flagtree_cache: ExplicitCache | None = None,
     scaling: float | None = None,
     **options: object,
 ) -> tuple[torch.Tensor, None]:
@@ -46,8 +46,10 @@ def cached_attention(
         raise CaptureError("the model passes an attention mask", where=where, hint="only causal decoders without extra masks are captured")
     if not getattr(module, "is_causal", True) or options.get("is_causal") is False:
         raise CaptureError("the model's attention is not causal", where=where)
+    if flagtree_cache is None:
+        raise CaptureError("the model class does not pass options on to its attention", where=where)
     for name, option in options.items():
-        if name not in _HARMLESS and option is not None and not (name == "dropout" and option == 0.0):
+        if name not in _HARMLESS and option is not None and option is not False and not (name == "dropout" and option == 0.0):
             raise CaptureError(
                 f"the attention option '{name}' = {option!r} is not supported",
                 where=where,
@@ -56,4 +58,8 @@ def cached_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     keys, values = flagtree_cache.keys[layer], flagtree_cache.values[layer]
+    if (key.shape[1], key.shape[3]) != (keys.shape[1], keys.shape[3]):
+        raise CaptureError(
+            f"the model has {key.shape[1]} key heads of {key.shape[3]}, its description {keys.shape[1]} of {keys.shape[3]}", where=where
+        )
     return torch.ops.flagtree.attention(query, key, value, keys, values, flagtree_cache.start, scale), None

@@ -89,8 +89,11 @@ def capture(spec: ModelSpec, part: str, layers: int | None = None, dtype: str | 
 
 def _build(spec: ModelSpec, layers: int, element: torch.dtype) -> tuple[PreTrainedModel, PreTrainedConfig]:
     """The model on the meta device, `layers` deep, with our attention."""
-    import transformers
-
+    try:
+        import transformers
+    except ImportError as error:
+        hint = "pip install 'flagtree-toolkit[models]'"
+        raise CaptureError("capturing a model needs transformers", where=spec.name, why=str(error), hint=hint) from error
     model_class = getattr(transformers, spec.architecture, None)
     if not isinstance(model_class, type) or not issubclass(model_class, transformers.PreTrainedModel):
         raise CaptureError(f"transformers {transformers.__version__} has no model class '{spec.architecture}'", where=spec.name)
@@ -133,6 +136,10 @@ def _configuration(spec: ModelSpec, config_class: type[PreTrainedConfig] | None,
         raise CaptureError("transformers refuses the configuration", where=spec.name, why=str(error)) from error
     if others := sorted(set(kinds) - {"full_attention"}):
         raise CaptureError("only full attention is captured", where=spec.name, why=f"layer_types holds {', '.join(others)}")
+    rope = getattr(full, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        why = f"rotary frequencies of type '{rope['rope_type']}' change with the length of the text"
+        raise CaptureError("the rotary positions depend on data", where=spec.name, why=why)
     for field, described in (("head_dim", spec.head_width), ("num_key_value_heads", spec.key_heads)):
         taken = getattr(full, field, None) or described
         if taken != described:
@@ -156,8 +163,12 @@ def _constants(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, to
     found: dict[str, torch.Tensor] = {}
     for path, module in model.named_modules():
         if module._non_persistent_buffers_set:
-            with torch.device("cpu"):
-                real = type(module)(config)
+            try:
+                with torch.device("cpu"):
+                    real = type(module)(config)
+            except TypeError as error:
+                why = f"{type(module).__name__} cannot be built from the configuration alone: {error}"
+                raise CaptureError("a table that is not a weight cannot be computed", where=path, why=why) from error
             for name in sorted(module._non_persistent_buffers_set):
                 found[f"{path}.{name}"] = real.get_buffer(name).detach().clone()
     return found
@@ -294,7 +305,8 @@ def _strip_wrapper(graph_module: torch.fx.GraphModule) -> None:
     """Module paths as the model's own: `model.layers.0.mlp`, without the wrapper that was exported."""
     for node in graph_module.graph.nodes:
         if stack := node.meta.get("nn_module_stack"):
-            node.meta["nn_module_stack"] = {key: (path.removeprefix(_WRAPPER), kind) for key, (path, kind) in stack.items() if path}
+            inner = {key: (path.removeprefix(_WRAPPER), kind) for key, (path, kind) in stack.items() if path.startswith(_WRAPPER)}
+            node.meta["nn_module_stack"] = inner
 
 
 def _sizes(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json as json_module
 import re
-from enum import Enum
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -22,7 +22,7 @@ EXAMPLES = """
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-class Action(str, Enum):
+class Action(StrEnum):
     """What to do with the store."""
 
     info = "info"

@@ -38,12 +38,14 @@ def run(
     from flagtree.capture.model_spec import load_spec
     from flagtree.cli.progress import Drawn
     from flagtree.cli.table import print_report
-    from flagtree.compile import compile_model
     from flagtree.targets import find_target
 
     for name in model:  # a slip in the last name should not cost the work on the first
         load_spec(name)
     targets = tuple(dict.fromkeys(find_target(name).name for name in target))
+
+    from flagtree.compile import compile_model
+
     for name in model:
         with Drawn() as progress:
             report = compile_model(name, targets, parts=part, layers=layers, dtype=dtype, out=out, jobs=jobs, progress=progress)

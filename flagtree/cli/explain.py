@@ -90,7 +90,7 @@ def _refusals(bundle: Bundle) -> Iterator[str]:
 
 def _tiers(bundle: Bundle) -> Iterator[str]:
     for digest, kernel in sorted(bundle.manifest.kernels.items()):
-        beyond = f"; the next tier needs {kernel.missing}" if kernel.missing else ""
+        beyond = f"; missing for the next: {kernel.missing}" if kernel.missing else ""
         yield f"{digest[:16]}  {kernel.tier}{beyond}"
 
 

@@ -49,4 +49,4 @@ def run(
     for target, reach in reaches:
         if reach.missing:
             how = f"\n  try: {reach.how}" if reach.how else ""
-            console.print(Text(f"\n{target.name}: beyond {reach.tier} it needs {reach.missing}{how}"))
+            console.print(Text(f"\n{target.name}, missing here: {reach.missing}{how}"))

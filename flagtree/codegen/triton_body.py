@@ -31,6 +31,7 @@ class BodyWriter:
         self.lines: list[str] = []
         self.indent = ""
         self.shapes: dict[str, Shape] = {n: tile.shape((n,)) for n in tile.axes}
+        self.open: tuple[str, ...] = ()  # the axes of the loops around the next statement
         self.atomic = False
         loaded = {op.access.buffer for op in tile.body if isinstance(op, Load)}
         self.in_place = loaded & {op.access.buffer for op in tile.body if isinstance(op, Store)}
@@ -102,7 +103,7 @@ class BodyWriter:
 
     def store(self, op: Store) -> None:
         stored = self.memory[op.access.buffer]
-        missing = self.tile.missing_from(op)
+        missing = [a for a in self.tile.missing_from(op) if a.in_grid or a.name in self.open]
         if op.access.buffer in self.in_place and any(a.in_grid for a in missing):
             raise CodegenError(
                 f"{op.access.buffer} is updated in place by program instances that share its elements",
@@ -274,6 +275,7 @@ class BodyWriter:
                 self.emit(f"{name}_acc = {self._filled(shape, identity, work)}")
         carries = self._start_scans(phase)
         outer = self.indent
+        self.open = phase.loops
         for name in phase.loops:
             self._open_loop(self.tile.axes[name])
         for op in phase.inside:
@@ -283,7 +285,7 @@ class BodyWriter:
                 self.scan(op, carries[op.name])
             else:
                 self.op(op)
-        self.indent = outer
+        self.indent, self.open = outer, ()
         for op, rule in rules.items():
             self.finish(op, rule, [f"{n}_acc" for n in op.names])
 

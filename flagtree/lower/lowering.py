@@ -7,7 +7,8 @@ operator made it.  In-place operators store into their operand's buffer; order a
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -114,15 +115,15 @@ class Call:
 class Lowering:
     """State of one lowering: buffers by name, the buffer of each node, the root buffer of each storage, steps so far."""
 
-    def __init__(self, name: str, names_of_symbols: dict[str, str] | None = None) -> None:
-        self.name = name
+    def __init__(self, name: str, refused: Mapping[str, str] | None = None, symbols: Mapping[str, str] | None = None) -> None:
+        self.name, self.refused = name, refused or {}
         self.buffers: dict[str, Buffer] = {}
         self.of_node: dict[fx.Node, str] = {}
         self.root_of_storage: dict[int, str] = {}
         self.offset_of: dict[str, Index] = {}
         self.steps: list[Step] = []
         self.symbols: dict[str, Symbol] = {}
-        self.renamed: dict[str, str] = names_of_symbols or {}
+        self.renamed: dict[str, str] = dict(symbols or {})
         self._step_names: set[str] = set()
         self.equalities: dict[Any, Any] | None = None
         self.multiples: dict[str, int] = {}
@@ -257,6 +258,8 @@ class Lowering:
         if self._is_view(node) or call.packet in NO_OPERATION:
             return
         try:
+            if str(call.op) in self.refused:
+                raise NotLowered(self.refused[str(call.op)])
             if not self._by_rule(call):
                 self._extern(call, reason_for(call.packet))
         except NotLowered as refusal:
@@ -407,37 +410,54 @@ def _range_of(shape_env: Any, symbol: Any) -> tuple[int, int]:
     return max(lo, 0), min(hi, UNBOUNDED)
 
 
-def lower(graph: fx.Graph, name: str, roles: dict[str, str]) -> tuple[Program, list[object]]:
-    """The Program of a normalised graph, and its results in order: a buffer's name, an Index, or a plain value.
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """`results`: what the graph returns, in order: a buffer's name, an Index, or a plain value.  A buffer that a call made has the
+    name of its node; `symbols`: the shape environment's name of each symbol to the program's."""
 
-    `roles` gives input, weight, state or constant by placeholder name (default input).  An input that some step writes
-    becomes a state.  Raises LoweringError for what a program cannot carry at all.
+    program: Program
+    results: list[object]
+    symbols: dict[str, str]
+
+
+def lower(
+    graph: fx.Graph,
+    name: str,
+    roles: Mapping[str, str],
+    refused: Mapping[str, str] | None = None,
+    symbols: Mapping[str, str] | None = None,
+) -> Lowered:
+    """The Program of a normalised graph.
+
+    `roles` gives input, weight, state or constant by placeholder (default input).  An input that some step writes
+    becomes a state.  `refused`: operators that must stay externs, with the reason.  `symbols`: names for some of the shape
+    environment's symbols; the others become s0, s1, … in order of appearance.  Raises LoweringError for what a program cannot carry at all.
     """
-    lowering = Lowering(name)
+    lowering = Lowering(name, refused, symbols)
     results: list[object] = []
     for node in graph.nodes:
         if node.op == "placeholder":
-            _declare_input(lowering, node, roles.get(node.name, "input"))
+            _declare_input(lowering, node, roles.get(str(node.target), "input"))
         elif node.op == "call_function":
             lowering.lower_call(node)
         elif node.op == "output":
             results = [_result(lowering, v) for v in node.args[0]]
-    return _finish(lowering, results), results
+    return Lowered(_finish(lowering, results), results, lowering.renamed)
 
 
 def _declare_input(lowering: Lowering, node: fx.Node, role: str) -> None:
-    value = node.meta["val"]
+    value, name = node.meta["val"], str(node.target)
     if isinstance(value, torch.Tensor):
         twin = lowering.root_of_storage.get(_storage(value))
-        lowering.of_node[node] = lowering.add_buffer(node.name, value, role)
+        lowering.of_node[node] = lowering.add_buffer(name, value, role)
         if twin is not None:
-            lowering.shared_inputs |= {twin, node.name}
-        lowering.declare_symbols(node.name, value)
+            lowering.shared_inputs |= {twin, name}
+        lowering.declare_symbols(name, value)
     elif isinstance(value, torch.SymInt):
-        lowering.buffers[node.name] = Buffer(node.name, "i64", (), "scalar")
-        lowering._declare(value, ("scalar", node.name))
+        lowering.buffers[name] = Buffer(name, "i64", (), "scalar")
+        lowering._declare(value, ("scalar", name))
     else:
-        lowering.buffers[node.name] = Buffer(node.name, "i64", (), "opaque")
+        lowering.buffers[name] = Buffer(name, "i64", (), "opaque")
 
 
 def _result(lowering: Lowering, value: Any) -> object:

@@ -7,7 +7,7 @@ and everything that a compiled launch list depends on does: targets, arguments, 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ class _Writer:
     def __init__(self) -> None:
         self.hash = hashlib.sha256()
         self.symbols: dict[str, str] = {}
+        self.sizes: dict[str, torch.SymInt] = {}
         self.nodes: dict[fx.Node, int] = {}
 
     def text(self, *parts: str) -> None:
@@ -40,6 +41,8 @@ class _Writer:
                 self.text("symbol", self.symbols[symbol.name], str(found))
             names[symbol.name] = self.symbols[symbol.name]
         if expr.is_Symbol:
+            if isinstance(value, torch.SymInt):
+                self.sizes.setdefault(names[expr.name], value)
             return names[expr.name]
         return str(expr.xreplace({s: s.func(names[s.name], integer=True) for s in expr.free_symbols}))
 
@@ -93,15 +96,29 @@ def _target(node: fx.Node) -> str:
     return f"{module}.{name}"
 
 
-def capture_key(module: fx.GraphModule, factors: dict[str, str], example: Callable[[fx.Node], Any] = lambda n: n.meta["example_value"]) -> str:
-    """SHA-256 over the graph and `factors` (versions, target, options).  Raises Unkeyed for what it cannot express."""
+@dataclass(frozen=True, slots=True)
+class CaptureKey:
+    """`digest`: SHA-256.  `renamed`: the shape environment's symbol to the key's; `sizes`: the key's symbol to the size itself."""
+
+    digest: str
+    renamed: dict[str, str]
+    sizes: dict[str, torch.SymInt]
+
+
+def example_value(node: fx.Node) -> Any:
+    """What Dynamo or AOTAutograd knows of a placeholder."""
+    return node.meta["example_value"] if "example_value" in node.meta else node.meta["val"]
+
+
+def capture_key(module: fx.GraphModule, factors: dict[str, str]) -> CaptureKey:
+    """Identity of the graph under `factors` (versions, target, options).  Raises Unkeyed for what it cannot express."""
     writer = _Writer()
     for name in sorted(factors):
         writer.text("factor", name, factors[name])
     for position, node in enumerate(module.graph.nodes):
         writer.nodes[node] = position
         if node.op == "placeholder":
-            writer.text("placeholder", writer.value(example(node)))
+            writer.text("placeholder", writer.value(example_value(node)))
         elif node.op == "get_attr":
             writer.text("get_attr", _attribute(module, str(node.target)))
         elif node.op == "output":
@@ -109,7 +126,7 @@ def capture_key(module: fx.GraphModule, factors: dict[str, str], example: Callab
         else:
             kwargs = {k: node.kwargs[k] for k in sorted(node.kwargs)}
             writer.text(node.op, _target(node), writer.argument(node.args), writer.argument(kwargs))
-    return writer.hash.hexdigest()
+    return CaptureKey(writer.hash.hexdigest(), writer.symbols, writer.sizes)
 
 
 def _attribute(module: fx.GraphModule, path: str) -> str:

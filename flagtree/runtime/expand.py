@@ -13,7 +13,7 @@ from typing import Any
 from flagtree.errors import BundleError
 
 FORMAT = 1
-MAX_STEPS = 1_000_000  # after unrolling; 144 layers of 16 launches are 2304
+MAX_STEPS = 100_000  # after unrolling; 144 layers of 16 launches are 2304
 GIVEN = ("input", "weight", "state", "constant", "scalar", "opaque")
 ROLES = (*GIVEN, "temp", "formal")
 
@@ -94,6 +94,9 @@ def expand(launch: Mapping[str, Any]) -> Unrolled:
             buffer = _declared(record)
             out.buffers[buffer.name] = buffer
         _check_aliases(out)
+        unknown = next((o for o in out.outputs if isinstance(o, str) and o not in out.buffers), None)
+        if unknown is not None:
+            raise ValueError(f"the output '{unknown}' is not declared")
         private = {id(s): _private(s, launch, out) for s in launch["steps"] if "repeat" in s}
         _unroll(launch["steps"], _Renaming({}, "", out), private)
         made = {o for s in out.steps if isinstance(s, ExternCall) for o in s.outputs}  # a number may be an extern's result

@@ -63,9 +63,11 @@ TARGETS = (
         warp=64,
         max_threads=512,
         shared_bytes=64 * 1024,
+        row_limit=8192,
         dtypes=frozenset({"b1", "u8", "i8", "i16", "i32", "i64", "f16", "bf16", "f32", "f64"}),
         options={"processor": "xcore1000", "num_warps": 4, "num_stages": 2, "enable_fp_fusion": False},
         facts_from={
+            "row_limit": "ours: 16 elements a thread with 8 warps",
             "triton": f"GPUTarget('maca', 80, 64): {_FLAGTREE_METAX}; capability 80 is mcGetDeviceProperties().major 10",
             "warp": _FLAGTREE_METAX,
             "max_threads": "C550 allows 512 threads a block, so 8 warps: FlagGems clamps to 512 // warp size",

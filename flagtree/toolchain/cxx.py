@@ -209,3 +209,9 @@ def _built(digest: str, source: str, objects: dict[str, bytes], missing: str) ->
     files = {"kernel.cpp": source.encode(), **{f"{level}.o": data for level, data in objects.items()}}
     sizes = {level: len(data) for level, data in objects.items()}
     return BuiltKernel(digest, "binary", missing, files, {"symbol": symbol_name(digest)}, {"object_bytes": sizes})
+
+
+def versions(target: Target) -> dict[str, str]:
+    """Every tool whose change changes bytes, as key factors: the compiler of each machine that is here."""
+    compilers, _ = _compilers(target.levels)
+    return {machine_of(level): compiler.version for level, compiler in compilers.items()} | {"flags": " ".join(LINK_FLAGS)}

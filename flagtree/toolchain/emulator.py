@@ -344,7 +344,7 @@ def execute_built(
         if runs and contents != first:
             changed = [r.members for r, a, b in zip(memory.regions, first, contents, strict=True) if a != b]
             raise ToolchainError(f"the emulated kernel {kernel.function} gives other bits in another order of threads",
-                                 why=f"{orders[0]} and {order} differ in argument {changed}", hint="two threads race: a barrier is missing")
+                                 why=f"{orders[0]} and {order} differ in argument {changed}", hint="two threads race: a barrier is missing, or a combiner gives other bits when its operands change places")
         runs.append(run)
         first = contents
     if runs:

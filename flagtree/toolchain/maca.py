@@ -16,7 +16,7 @@ from flagtree.progress import SILENT, Progress
 from flagtree.targets.base import Target
 from flagtree.targets.metax import missing_for_binary
 from flagtree.toolchain.base import BuiltKernel
-from flagtree.toolchain.triton_aot import Compiled, Workers, check_limits, launch_record, workers
+from flagtree.toolchain.triton_aot import Compiled, Workers, check_limits, check_triton, launch_record, workers
 
 STAGES = ("ttir", "llir")
 MAX_WARPS = 8  # C550: 512 threads a block, 64 lanes a warp
@@ -66,3 +66,8 @@ def _no_path(content: bytes, where: str) -> None:
     here = str(PurePosixPath(__file__).parent).encode()
     if here in content or b"/tmp/" in content or b"source_filename" in content:
         raise ToolchainError("the MACA lowering left a path of this machine in its result", where=where)
+
+
+def versions(target: Target) -> dict[str, str]:
+    """Every tool whose change changes bytes, as key factors.  ToolchainError when Triton is missing or too old or too new."""
+    return {"triton": check_triton()}

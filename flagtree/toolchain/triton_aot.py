@@ -226,3 +226,8 @@ def _built(digest: str, source: TritonSource, compiled: Compiled, target: Target
     numbers = ("registers", "scalar_registers", "spills", "shared", "threads")
     facts = {name: {k: v[k] for k in numbers if k in v} for name, v in sorted(compiled.variants.items())}
     return BuiltKernel(digest, "binary", "", files, launch_record(source, compiled, BINARY[target.triton[0]]), facts)
+
+
+def versions(target: Target) -> dict[str, str]:
+    """Every tool whose change changes bytes, as key factors.  ToolchainError when Triton is missing or too old or too new."""
+    return {"triton": check_triton()}

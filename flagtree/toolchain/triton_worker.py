@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 _LOCATIONS = (re.compile(r"^#loc\d* = loc\(.*\)\n", re.MULTILINE), re.compile(r" loc\((?:[^()]|\([^()]*\))*\)"))
-_PROMISE = re.compile(r"tt\.divisibility = \d+ : i32(?:, )?")
+# the promise itself, and what Triton >= 3.8 concludes from it on AMD's buffer operations
+_PROMISE = re.compile(r"(?:, )?(?:tt\.divisibility|\bcontiguity) = \d+ : i32")
 
 
 def configure(cache: str) -> None:
@@ -43,7 +44,7 @@ def load_function(path: Path, name: str) -> Any:
 
 def without_promises(text: str) -> str:
     """TTIR or TTGIR that promises nothing about its arguments; layouts, and so the order of every sum, stay as they are."""
-    return re.sub(r" \{(?:, )?\}(?= loc|,|\))", "", _PROMISE.sub("", text))
+    return re.sub(r" \{\}(?=,|\)| loc| :)", "", _PROMISE.sub("", text).replace("{, ", "{"))
 
 
 def without_locations(text: str) -> str:

@@ -64,6 +64,14 @@ def test_a_mask_and_a_bidirectional_module_are_refused() -> None:
         cached_attention(module, q, k, v, None, flagtree_cache=cache)
 
 
+def test_a_cache_of_other_heads_or_none_at_all_is_refused() -> None:
+    module, q, k, v, cache = make()
+    with pytest.raises(CaptureError, match="does not pass options on"):
+        cached_attention(module, q, k, v, None)
+    with pytest.raises(CaptureError, match="4 key heads of 8, its description 2 of 8"):
+        cached_attention(module, q, q, q, None, flagtree_cache=cache)
+
+
 def test_transformers_knows_the_name_and_makes_no_mask_for_it() -> None:
     assert register_attention() == ATTENTION_NAME
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import socket
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -16,7 +17,13 @@ from flagtree.capture.model_spec import ModelSpec
 from flagtree.errors import CaptureError, UnknownName
 
 Make = Callable[..., ModelSpec]
-ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM")
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+ARCHITECTURES = (
+    ("Qwen3ForCausalLM", {}),
+    ("Qwen2ForCausalLM", {}),  # biases on q, k and v
+    ("LlamaForCausalLM", {"rope_scaling": LLAMA3}),  # tied head
+    ("CohereForCausalLM", {}),  # computes after its output head, which a traced graph must keep
+)
 
 
 class Pair:
@@ -50,9 +57,10 @@ class Pair:
         return out
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=ARCHITECTURES, ids=lambda p: p[0] + "".join(p[1]))
 def pair(request: pytest.FixtureRequest, small_spec: Make) -> Pair:
-    return Pair(small_spec(request.param, num_hidden_layers=2))
+    architecture, config = request.param
+    return Pair(small_spec(architecture, num_hidden_layers=2, **config))
 
 
 def close(found: torch.Tensor, true: torch.Tensor) -> None:
@@ -196,6 +204,10 @@ class PeekingQwen3(transformers.Qwen3ForCausalLM):
         ("Qwen3ForCausalLM", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}, "only full attention"),
         ("Qwen3ForCausalLM", {"head_dim": None}, "the field 'head_dim' is missing.*means 8, .*take 128"),
         ("MistralForCausalLM", {"sliding_window": 8, "head_dim": 8}, "the attention option 'sliding_window' = 8 is not supported"),
+        ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "depend on data.*'dynamic'"),
+        ("GemmaForCausalLM", {"head_dim": 16}, "a table that is not a weight.*embed_tokens"),
+        ("GPTNeoXForCausalLM", {}, "4 key heads of 8, its description 2 of 8"),
+        ("StableLmForCausalLM", {}, "does not pass options on"),
         ("PeekingQwen3", {"head_dim": 16}, "cannot be traced.*sequence"),
     ],
 )
@@ -208,6 +220,12 @@ def test_what_cannot_be_captured_is_refused(
         del spec.config[field]
     with pytest.raises(CaptureError, match=f"(?s){message}"):
         capture(spec, "prefill", layers=2)
+
+
+def test_without_transformers_the_extra_is_named(small_spec: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(CaptureError, match=r"needs transformers[\s\S]*flagtree-toolkit\[models\]"):
+        capture(small_spec(), "decode", layers=1)
 
 
 def test_a_wrong_weight_count_part_or_dtype_is_refused(small_spec: Make) -> None:

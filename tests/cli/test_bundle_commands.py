@@ -33,7 +33,8 @@ class Built:
 
 
 @pytest.fixture
-def bundle(tmp_path: Path) -> Path:
+def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FLAGTREE_CACHE_DIR", str(tmp_path / "store"))
     path = tmp_path / "größe 1" / "qwen3"
     path.parent.mkdir()
     extra = {"refusals": [{"pass": "fuse_pointwise", "steps": ["k3", "k5"], "reason": "cycle through k4"}]}
@@ -55,8 +56,8 @@ def test_inspect_shows_what_the_launch_list_tells(flagtree: Flagtree, bundle: Pa
 
 def test_inspect_shows_the_report_that_the_compiler_stored(flagtree: Flagtree, tmp_path: Path) -> None:
     part = report().bundles[0].parts[0]
-    write_bundle(tmp_path / "b", name="qwen3", target="metax", parts={"prefill": {**LAUNCH, "report": json.loads(json.dumps(part.to_dict()))}},
-                 kernels=[Built()])
+    launch = {**LAUNCH, "report": json.loads(json.dumps(part.to_dict()))}
+    write_bundle(tmp_path / "b", name="qwen3", target="metax", parts={"prefill": launch}, kernels=[Built()])
     out = flagtree("inspect", str(tmp_path / "b")).out
     for fact in ("add_rms_norm", "352 MB", "67.1 MB", "aten.linear.default", "14 launches"):
         assert fact in out
@@ -64,8 +65,8 @@ def test_inspect_shows_the_report_that_the_compiler_stored(flagtree: Flagtree, t
 
 @pytest.mark.parametrize(
     ("topic", "said"),
-    [("extern", "36  aten.linear.default: gemm"), ("fusion", "fuse_pointwise: k3 + k5: cycle through k4"), ("tiers", f"llir; the next tier needs {SDK}"),
-     ("trust", "--trust "), ("certificate", "executed: maca-ir (emulated)")],
+    [("extern", "36  aten.linear.default: gemm"), ("fusion", "fuse_pointwise: k3 + k5: cycle through k4"),
+     ("tiers", f"llir; missing for the next: {SDK}"), ("trust", "--trust "), ("certificate", "executed: maca-ir (emulated)")],
 )
 def test_explain_shows_the_evidence(flagtree: Flagtree, bundle: Path, topic: str, said: str) -> None:
     ended = flagtree("explain", topic, str(bundle))

@@ -174,12 +174,16 @@ INLINE f32v sine_of_quarter(f32v x, int quarter) {
   return to_f32((q & 2) != 0 ? -y : y);
 }
 INLINE f32v sin_of(f32v x) {
-  if (RARELY(any_lane(~(absolute(x) < 1048576.f), W))) return lane_by_lane([](f64 t) { return __builtin_sin(t); }, x);
-  return absolute(x) < 1e-4f ? x - x * x * x * 0.16666667f : sine_of_quarter(x, 0);
+  i32v huge = ~(absolute(x) < 1048576.f);
+  f32v y = absolute(x) < 1e-4f ? x - x * x * x * 0.16666667f : sine_of_quarter(x, 0);
+  if (RARELY(any_lane(huge, W))) y = huge ? lane_by_lane([](f64 t) { return __builtin_sin(t); }, x) : y;
+  return y;
 }
 INLINE f32v cos_of(f32v x) {
-  if (RARELY(any_lane(~(absolute(x) < 1048576.f), W))) return lane_by_lane([](f64 t) { return __builtin_cos(t); }, x);
-  return sine_of_quarter(x, 1);
+  i32v huge = ~(absolute(x) < 1048576.f);
+  f32v y = sine_of_quarter(x, 1);
+  if (RARELY(any_lane(huge, W))) y = huge ? lane_by_lane([](f64 t) { return __builtin_cos(t); }, x) : y;
+  return y;
 }
 INLINE f64v sin_of(f64v x) { return lane_by_lane([](f64 t) { return __builtin_sin(t); }, x); }
 INLINE f64v cos_of(f64v x) { return lane_by_lane([](f64 t) { return __builtin_cos(t); }, x); }
@@ -206,9 +210,3 @@ INLINE f64v atan2_of(f64v x, f64v y) { return lane_by_lane([](f64 a, f64 b) { re
 //@ fmod_of
 INLINE f32v fmod_of(f32v x, f32v y) { return lane_by_lane([](f64 a, f64 b) { return __builtin_fmod(a, b); }, x, y, (f32 *)0); }
 INLINE f64v fmod_of(f64v x, f64v y) { return lane_by_lane([](f64 a, f64 b) { return __builtin_fmod(a, b); }, x, y, (f64 *)0); }
-//@ python_mod_of
-// the sign of the divisor, as torch.remainder on floats
-template <class V> INLINE V python_mod_of(V x, V y) {
-  V r = fmod_of(x, y);
-  return (r != 0) & ((r < 0) ^ (y < 0)) ? r + y : r;
-}

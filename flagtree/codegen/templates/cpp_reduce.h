@@ -1,6 +1,6 @@
 // States that reductions carry.  `combine` is associative up to rounding; PARTIALS partial states, element e in state e % PARTIALS,
 // are joined in one fixed tree, so that the width of a vector never shows in a result.
-//@ swap_lanes
+//@ swap_lanes first_lane
 #if defined(__clang__)
 template <class V> INLINE V swap_lanes(V v, int h) {
   V r = v;
@@ -13,8 +13,12 @@ INLINE i32v swap_lanes(i32v v, int h) { return __builtin_shuffle(v, lanes ^ h); 
 INLINE f64v swap_lanes(f64v v, int h) { return __builtin_shuffle(v, lanes64 ^ (i64)h); }
 INLINE i64v swap_lanes(i64v v, int h) { return __builtin_shuffle(v, lanes64 ^ (i64)h); }
 #endif
+INLINE f32v first_lane(f32v v) { return splat(v[0]); }
+INLINE i32v first_lane(i32v v) { return splat(v[0]); }
+INLINE f64v first_lane(f64v v) { return splat(v[0]); }
+INLINE i64v first_lane(i64v v) { return splat(v[0]); }
 //@ tree
-// state i with state i + h for h = PARTIALS / 2, ..., 1; the result is in every lane
+// state i with state i + h for h = PARTIALS / 2, ..., 1; what lane 0 has then, in every lane
 template <class S> INLINE S tree(S *s) {
 #pragma GCC unroll 8
   for (int h = PARTS / 2; h > 0; h /= 2)
@@ -23,38 +27,44 @@ template <class S> INLINE S tree(S *s) {
   S r = s[0];
 #pragma GCC unroll 8
   for (int h = W / 2; h > 0; h /= 2) r = combine(r, swap_lanes(r, h));
-  return r;
+  return first_lane(r);
 }
 //@ sum_state
 template <class V> struct sum_state { V value; };
 template <class V> INLINE sum_state<V> combine(sum_state<V> a, sum_state<V> b) { return {a.value + b.value}; }
 template <class V> INLINE sum_state<V> keep(int n, sum_state<V> a, sum_state<V> b) { return {keep(n, a.value, b.value)}; }
 template <class V> INLINE sum_state<V> swap_lanes(sum_state<V> a, int h) { return {swap_lanes(a.value, h)}; }
+template <class V> INLINE sum_state<V> first_lane(sum_state<V> a) { return {first_lane(a.value)}; }
 //@ prod_state
 template <class V> struct prod_state { V value; };
 template <class V> INLINE prod_state<V> combine(prod_state<V> a, prod_state<V> b) { return {a.value * b.value}; }
 template <class V> INLINE prod_state<V> keep(int n, prod_state<V> a, prod_state<V> b) { return {keep(n, a.value, b.value)}; }
 template <class V> INLINE prod_state<V> swap_lanes(prod_state<V> a, int h) { return {swap_lanes(a.value, h)}; }
+template <class V> INLINE prod_state<V> first_lane(prod_state<V> a) { return {first_lane(a.value)}; }
 //@ min_state
 template <class V> struct min_state { V value; };
 template <class V> INLINE min_state<V> combine(min_state<V> a, min_state<V> b) { return {minimum(a.value, b.value)}; }
 template <class V> INLINE min_state<V> keep(int n, min_state<V> a, min_state<V> b) { return {keep(n, a.value, b.value)}; }
 template <class V> INLINE min_state<V> swap_lanes(min_state<V> a, int h) { return {swap_lanes(a.value, h)}; }
+template <class V> INLINE min_state<V> first_lane(min_state<V> a) { return {first_lane(a.value)}; }
 //@ max_state
 template <class V> struct max_state { V value; };
 template <class V> INLINE max_state<V> combine(max_state<V> a, max_state<V> b) { return {maximum(a.value, b.value)}; }
 template <class V> INLINE max_state<V> keep(int n, max_state<V> a, max_state<V> b) { return {keep(n, a.value, b.value)}; }
 template <class V> INLINE max_state<V> swap_lanes(max_state<V> a, int h) { return {swap_lanes(a.value, h)}; }
+template <class V> INLINE max_state<V> first_lane(max_state<V> a) { return {first_lane(a.value)}; }
 //@ any_state
 template <class V> struct any_state { V value; };
 template <class V> INLINE any_state<V> combine(any_state<V> a, any_state<V> b) { return {a.value | b.value}; }
 template <class V> INLINE any_state<V> keep(int n, any_state<V> a, any_state<V> b) { return {keep(n, a.value, b.value)}; }
 template <class V> INLINE any_state<V> swap_lanes(any_state<V> a, int h) { return {swap_lanes(a.value, h)}; }
+template <class V> INLINE any_state<V> first_lane(any_state<V> a) { return {first_lane(a.value)}; }
 //@ all_state
 template <class V> struct all_state { V value; };
 template <class V> INLINE all_state<V> combine(all_state<V> a, all_state<V> b) { return {a.value & b.value}; }
 template <class V> INLINE all_state<V> keep(int n, all_state<V> a, all_state<V> b) { return {keep(n, a.value, b.value)}; }
 template <class V> INLINE all_state<V> swap_lanes(all_state<V> a, int h) { return {swap_lanes(a.value, h)}; }
+template <class V> INLINE all_state<V> first_lane(all_state<V> a) { return {first_lane(a.value)}; }
 //@ argmax_state
 // the first NaN wins over all, then the larger value, then the smaller index
 template <class V, class I> struct argmax_state { V value; I index; };
@@ -69,6 +79,7 @@ template <class V, class I> INLINE argmax_state<V, I> keep(int n, argmax_state<V
 template <class V, class I> INLINE argmax_state<V, I> swap_lanes(argmax_state<V, I> a, int h) {
   return {swap_lanes(a.value, h), swap_lanes(a.index, h)};
 }
+template <class V, class I> INLINE argmax_state<V, I> first_lane(argmax_state<V, I> a) { return {first_lane(a.value), first_lane(a.index)}; }
 //@ argmin_state
 template <class V, class I> struct argmin_state { V value; I index; };
 template <class V, class I> INLINE argmin_state<V, I> combine(argmin_state<V, I> a, argmin_state<V, I> b) {
@@ -82,6 +93,7 @@ template <class V, class I> INLINE argmin_state<V, I> keep(int n, argmin_state<V
 template <class V, class I> INLINE argmin_state<V, I> swap_lanes(argmin_state<V, I> a, int h) {
   return {swap_lanes(a.value, h), swap_lanes(a.index, h)};
 }
+template <class V, class I> INLINE argmin_state<V, I> first_lane(argmin_state<V, I> a) { return {first_lane(a.value), first_lane(a.index)}; }
 //@ welford_state
 // mean, sum of squared distances from it, and count, joined by Chan's rule; an empty state joins to nothing
 template <class V> struct welford_state { V mean, m2, count; };
@@ -95,6 +107,7 @@ template <class V> INLINE welford_state<V> keep(int n, welford_state<V> a, welfo
 template <class V> INLINE welford_state<V> swap_lanes(welford_state<V> a, int h) {
   return {swap_lanes(a.mean, h), swap_lanes(a.m2, h), swap_lanes(a.count, h)};
 }
+template <class V> INLINE welford_state<V> first_lane(welford_state<V> a) { return {first_lane(a.mean), first_lane(a.m2), first_lane(a.count)}; }
 //@ online_softmax_state
 // the running maximum and the sum of exp(x - maximum); both -inf: the sums simply add
 template <class V> struct online_softmax_state { V peak, total; };
@@ -110,3 +123,4 @@ template <class V> INLINE online_softmax_state<V> keep(int n, online_softmax_sta
 template <class V> INLINE online_softmax_state<V> swap_lanes(online_softmax_state<V> a, int h) {
   return {swap_lanes(a.peak, h), swap_lanes(a.total, h)};
 }
+template <class V> INLINE online_softmax_state<V> first_lane(online_softmax_state<V> a) { return {first_lane(a.peak), first_lane(a.total)}; }

@@ -1,0 +1,26 @@
+"""Operators that lowering takes apart by PyTorch's own decompositions, because their parts are generated and they are not.
+
+Only decompositions that compute in ATen's opmath type and round once at the end are listed.
+"""
+
+from __future__ import annotations
+
+from torch._decomp import get_decompositions
+
+import torch
+
+aten = torch.ops.aten
+
+DECOMPOSITIONS = get_decompositions(
+    [
+        aten.addr, aten.cosh, aten.dist, aten.glu, aten.huber_loss, aten.mse_loss, aten.smooth_l1_loss, aten.soft_margin_loss,
+        aten.stack, aten.threshold, aten.hardshrink, aten.softshrink, aten.celu, aten.heaviside, aten.nan_to_num,
+        aten.linalg_vector_norm, aten.norm, aten.select_scatter, aten.slice_scatter, aten.special_entr, aten.xlogy,
+        aten.logaddexp, aten.sinc, aten.log_sigmoid_forward, aten.prelu, aten.trace, aten.unfold_copy,
+        # backward formulas
+        aten.sigmoid_backward, aten.tanh_backward, aten.threshold_backward, aten.silu_backward, aten.gelu_backward,
+        aten.hardtanh_backward, aten.leaky_relu_backward, aten.elu_backward, aten._softmax_backward_data,
+        aten._log_softmax_backward_data, aten.native_layer_norm_backward, aten.mse_loss_backward, aten.slice_backward,
+        aten.select_backward,
+    ]
+)  # fmt: skip

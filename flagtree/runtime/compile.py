@@ -1,0 +1,188 @@
+"""`torch.compile(model, backend="flagtree")`: the registered backend.
+
+A graph that the store knows by its capture key runs from there: no AOTAutograd, nothing of the compiler is imported.
+On a miss the compiler is imported, once, here.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from flagtree.artifact.code import code_digest
+from flagtree.artifact.files import canonical_json, parse_json
+from flagtree.artifact.store import Store
+from flagtree.errors import FlagtreeError, StoreError, ToolchainError
+from flagtree.runtime import cpu
+from flagtree.runtime.capture_key import CaptureKey, Unkeyed, capture_key, example_value
+from flagtree.runtime.launch import Executable
+from flagtree.settings import settings
+
+log = logging.getLogger("flagtree")
+
+KIND = "graph"
+
+
+def backend(module: fx.GraphModule, example_inputs: Sequence[Any], **options: object) -> Callable[..., Any]:
+    """Compile one graph that Dynamo captured.  With gradients it goes through AOTAutograd, forward and backward apart."""
+    if options:
+        raise FlagtreeError(f"unknown option '{next(iter(options))}' for the flagtree backend", hint="it takes none; FLAGTREE_* variables set it")
+    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
+        return _training(module, example_inputs)
+    return compiled(module)
+
+
+def _training(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.aot_autograd import make_boxed_func
+
+    def compile_half(half: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        return make_boxed_func(compiled(half))
+
+    return aot_autograd(fw_compiler=compile_half, bw_compiler=compile_half, inference_compiler=compile_half)(module, example_inputs)
+
+
+def compiled(module: fx.GraphModule) -> Callable[..., Any]:
+    """The graph as a callable over its placeholders: from the store, else built now, else (an internal failure) as it is."""
+    if (why := _unsupported(module)) is not None:
+        return _as_it_is(module, why)
+    level = cpu.levels()[0] if cpu.levels() else ""
+    try:
+        key: CaptureKey | None = capture_key(module, {"torch": torch.__version__, "flagtree": code_digest(), "level": level})
+    except Unkeyed as reason:
+        key = None
+        log.info("a graph has no capture key: %s", reason)
+    if key is not None and (found := _from_store(module, key)) is not None:
+        return found
+    try:
+        return _built(module, key, level)
+    except ToolchainError:
+        raise
+    except Exception as error:
+        if settings.on_error == "raise":
+            raise
+        return _as_it_is(module, _report(module, error))
+
+
+def _unsupported(module: fx.GraphModule) -> str | None:
+    for node in module.graph.nodes:
+        value = example_value(node) if node.op == "placeholder" else None
+        if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+            return f"tensors on {value.device.type}: only the CPU path is built"
+    return None
+
+
+def _as_it_is(module: fx.GraphModule, reason: str) -> Callable[..., Any]:
+    """The whole graph as one extern: right, and said aloud."""
+    log.warning("flagtree runs a graph of %d nodes as one extern: %s", len(module.graph.nodes), reason)
+    return module.forward
+
+
+def _report(module: fx.GraphModule, error: Exception) -> str:
+    """Leave a reproducer and say in one line what went wrong."""
+    from flagtree.cli.reproducer import write
+
+    error.reproducer = {"graph.txt": str(module.graph)}  # type: ignore[attr-defined]
+    folder = write(error, ["torch.compile", 'backend="flagtree"'])
+    first = (str(error).splitlines() or [""])[0]
+    return f"internal failure, {type(error).__name__}: {first}; the reproducer is in {folder}"
+
+
+# -- from the store ----------------------------------------------------------------------------------------------------
+def _from_store(module: fx.GraphModule, key: CaptureKey) -> Callable[..., Any] | None:
+    entry = Store().get(KIND, key.digest)
+    if not entry:
+        log.info("capture key %s: %s", key.digest[:16], entry.reason)  # type: ignore[union-attr]
+        return None
+    meta = parse_json(entry.files["graph.json"], "a stored graph")
+    if not _hold(meta["conditions"], key):
+        log.info("capture key %s: stored for other sizes", key.digest[:16])
+        return None
+    constants = {}
+    if "constants.safetensors" in entry.files:
+        import safetensors.torch
+
+        constants = safetensors.torch.load(entry.files["constants.safetensors"])
+    return Callee(module, meta["launch"], entry.files.get("kernels.so", b""), meta["results"], constants)
+
+
+_RELATIONS = {"==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
+
+
+def _hold(conditions: Sequence[Sequence[Any]], key: CaptureKey) -> bool:
+    """Evaluate the guards that the first compilation added; doing so on Dynamo's own sizes adds them to its guards again."""
+    return all(bool(_RELATIONS[op](_size(left, key.sizes), _size(right, key.sizes))) for op, left, right in conditions)
+
+
+def _size(expression: Any, sizes: dict[str, Any]) -> Any:
+    if isinstance(expression, str):
+        return sizes[expression]
+    if isinstance(expression, int):
+        return expression
+    op, *operands = expression
+    values = [_size(x, sizes) for x in operands]
+    total = values[0]
+    for value in values[1:]:
+        total = {"+": operator.add, "*": operator.mul, "//": operator.floordiv, "%": operator.mod}[op](total, value)
+    return total
+
+
+# -- built now ---------------------------------------------------------------------------------------------------------
+def _built(module: fx.GraphModule, key: CaptureKey | None, level: str) -> Callable[..., Any]:
+    from flagtree.capture.dynamo import compile_graph
+
+    graph = compile_graph(module, key.renamed if key else {}, level, settings.jobs)
+    if key is not None and graph.conditions is not None:
+        content = {"graph.json": canonical_json({"launch": graph.launch, "results": graph.results, "conditions": graph.conditions})}
+        if graph.library:
+            content["kernels.so"] = graph.library
+        if graph.constants:
+            import safetensors.torch
+
+            content["constants.safetensors"] = safetensors.torch.save({n: t.contiguous() for n, t in graph.constants.items()})
+        try:
+            Store().put(KIND, key.digest, content)
+        except StoreError as error:
+            log.warning("compiled, but not kept: %s", error)
+    return Callee(module, graph.launch, graph.library, graph.results, graph.constants)
+
+
+class Callee:
+    """A compiled graph over its placeholders, in order.  Returns a tuple as the graph does."""
+
+    def __init__(self, module: fx.GraphModule, launch: dict, library: bytes, results: list, constants: dict[str, torch.Tensor]) -> None:
+        self.eager = module.forward
+        self.executable = Executable(launch, cpu.load_library(library) if library else None, constants)
+        self.call = self.executable.call
+        self.states = [i for i, b in enumerate(self.executable.inputs) if b.role == "state"]
+        self.buffers = [k for kind, k in results if kind == "buffer"]
+        self.plain = self.buffers == list(range(len(launch["outputs"]))) and len(self.buffers) == len(results)
+        self.results = results
+        self.symbols = [(s["name"], s["source"]) for s in launch["symbols"]]
+        self.position = {b.name: i for i, b in enumerate(self.executable.inputs)}
+
+    def __call__(self, *args: Any) -> tuple:
+        if self.states and self._overlap(args):
+            return self.eager(*args)  # a written input shares memory with another: the order of single elements matters
+        outputs = self.call(args)
+        return outputs if self.plain else self._assembled(args, outputs)
+
+    def _overlap(self, args: Sequence[Any]) -> bool:
+        homes = [a.untyped_storage().data_ptr() if isinstance(a, torch.Tensor) and a.numel() else None for a in args]
+        return any(homes[i] is not None and homes.count(homes[i]) > 1 for i in self.states)
+
+    def _assembled(self, args: Sequence[Any], outputs: tuple) -> tuple:
+        values = {name: self._value(source, args) for name, source in self.symbols if source[1] in self.position}
+        pick = {"buffer": lambda k: outputs[k], "index": lambda e: _size(e, values), "value": lambda v: v}
+        return tuple(pick[kind](what) for kind, what in self.results)
+
+    def _value(self, source: Sequence[Any], args: Sequence[Any]) -> int:
+        value = args[self.position[source[1]]]
+        if source[0] == "scalar":
+            return int(value)
+        return value.shape[source[2]] if source[0] == "dim" else value.stride(source[2])

@@ -1,0 +1,123 @@
+"""The functions of templates/triton_math.py.j2: accuracy against float64, and special values, executed through the MACA lowering.
+
+The bounds are those that the template states; the emulator's exp and exp2 are correctly rounded to within one ULP.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from flagtree.ir.canonical import digest, isolate
+from flagtree.ir.parse import parse_program
+from flagtree.toolchain import maca
+from flagtree.toolchain.emulator import execute_built, missing
+from tests.codegen.triton_kernels import METAX
+
+pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "the emulator runs")
+
+N = 16384
+POINTS = {"small": (-3.0, 3.0), "wide": (-80.0, 80.0), "unit": (-1.0, 1.0), "positive": (1e-30, 1e4), "angle": (-41000.0, 41000.0)}
+# op: (domain, ULP), ULP of the larger of |result| and `floor`
+UNARY: dict[str, tuple[str, float, float]] = {
+    "log": ("positive", 3, 0), "log2": ("positive", 4, 0), "log10": ("positive", 4, 0), "log1p": ("positive", 5, 0), "expm1": ("small", 5, 0),
+    "tanh": ("small", 3, 0), "erf": ("small", 3, 0), "erfc": ("small", 4, 1), "sin": ("angle", 2, 1), "cos": ("angle", 2, 1),
+    "tan": ("unit", 5, 0), "asin": ("unit", 4, 0), "acos": ("unit", 4, 0.01), "atan": ("wide", 4, 0), "sinh": ("small", 6, 0),
+    "cosh": ("small", 4, 0), "sqrt": ("positive", 0.5, 0), "rsqrt": ("positive", 1.5, 0), "exp": ("small", 4, 0), "exp2": ("small", 2, 0),
+    "round": ("wide", 0, 0), "trunc": ("wide", 0, 0), "floor": ("wide", 0, 0), "ceil": ("wide", 0, 0), "sign": ("small", 0, 0),
+}  # fmt: skip
+BINARY: dict[str, tuple[str, str, float]] = {
+    "pow": ("positive", "small", 3), "atan2": ("wide", "small", 5), "div": ("wide", "small", 0.5), "copysign": ("wide", "small", 0),
+    "min": ("wide", "small", 0), "max": ("wide", "small", 0),
+}  # fmt: skip
+REFERENCE: dict[str, Callable[..., torch.Tensor]] = {"erf": torch.special.erf, "erfc": torch.special.erfc, "min": torch.minimum, "max": torch.maximum}
+SPECIAL = [0.0, -0.0, math.inf, -math.inf, math.nan, 1.0, -1.0, 1e-40, -1e-40, 0.5, 88.0, -88.0, 2.5, -2.5, 3.0, -3.0, 1e30, -1e30]
+
+
+def _program(unary: dict[str, int], binary: dict[str, int], n: int) -> str:
+    """One kernel with an output for each op; the value is the number of its input."""
+    inputs = max([*unary.values(), *(2 * k + 1 for k in binary.values())]) + 1
+    lines = [f"  buffer x{k}: f32[{n}] input" for k in range(inputs)]
+    lines += [f"  buffer y_{op}: f32[{n}] temp" for op in (*unary, *binary)]
+    lines.append(f"  kernel k {{i0 < {n}}} numerics(eager, contract=off, acc=f32)")
+    lines += [f"    l{k}: f32 = load x{k}[i0]" for k in range(inputs)]
+    for op, k in unary.items():
+        lines += [f"    o_{op}: f32 = {op} l{k}", f"    store y_{op}[i0] = o_{op}"]
+    for op, k in binary.items():
+        lines += [f"    o_{op}: f32 = {op} l{2 * k}, l{2 * k + 1}", f"    store y_{op}[i0] = o_{op}"]
+    return "program p\n" + "\n".join(lines) + "\n  outputs " + ", ".join(f"y_{op}" for op in (*unary, *binary)) + "\n"
+
+
+def _execute(unary: dict[str, int], binary: dict[str, int], inputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    n = len(inputs[0])
+
+    parsed = parse_program(_program(unary, binary, n))
+    alone = isolate(parsed, parsed.steps[0])  # type: ignore[arg-type]
+    tensors = {f"x{k}": t for k, t in enumerate(inputs)} | {f"y_{op}": torch.zeros(n) for op in (*unary, *binary)}
+    built = maca.build([(digest(alone.program), alone.program)], METAX)[0]
+    execute_built(built, "generic", [tensors[name] for name in alone.buffers], [], orders=("forward",))
+    return {op: tensors[f"y_{op}"] for op in (*unary, *binary)}
+
+
+def _points(domain: str, seed: int) -> torch.Tensor:
+    lo, hi = POINTS[domain]
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(N, generator=generator, dtype=torch.float64)
+    if domain == "positive":
+        return torch.exp(math.log(lo) + uniform * (math.log(hi) - math.log(lo))).float()
+    values = lo + uniform * (hi - lo)
+    values[: N // 4] *= torch.exp(-20 * torch.rand(N // 4, generator=generator, dtype=torch.float64))  # small ones too
+    return values.float()
+
+
+def _truth(op: str, *args: torch.Tensor) -> torch.Tensor:
+    return REFERENCE.get(op, getattr(torch, op, None))(*(a.double() for a in args))  # type: ignore[misc]
+
+
+def _ulps(got: torch.Tensor, truth: torch.Tensor, floor: float) -> float:
+    size = truth.abs().clamp(min=max(floor, 2.0**-126)).float()
+    step = torch.nextafter(size, torch.tensor(math.inf)).double() - size.double()
+    return float(((got.double() - truth).abs() / step).max())
+
+
+def test_accuracy() -> None:
+    domains = list(POINTS)
+    first = {op: domains.index(d) for op, (d, _, _) in UNARY.items()}
+    inputs = [_points(d, seed=k) for k, d in enumerate(domains)]
+    found = _execute(first, {}, inputs)
+    measured = {op: _ulps(found[op], _truth(op, inputs[first[op]]), UNARY[op][2]) for op in UNARY}
+    assert {op: u for op, u in measured.items() if u > UNARY[op][1]} == {}
+
+
+def test_accuracy_of_two_arguments() -> None:
+    pairs = [_points(d, seed=9 + k) for k, d in enumerate(d for a, b, _ in BINARY.values() for d in (a, b))]
+    found = _execute({}, {op: k for k, op in enumerate(BINARY)}, pairs)
+    measured = {op: _ulps(found[op], _truth(op, pairs[2 * k], pairs[2 * k + 1]), 0) for k, op in enumerate(BINARY)}
+    assert {op: u for op, u in measured.items() if u > BINARY[op][2]} == {}
+
+
+@pytest.mark.parametrize("kind", ["unary", "binary"])
+def test_special_values(kind: str) -> None:
+    x = torch.tensor(SPECIAL)
+    if kind == "unary":
+        args: tuple[torch.Tensor, ...] = (x,)
+        found = _execute(dict.fromkeys(UNARY, 0), {}, [x])
+    else:
+        grid = torch.cartesian_prod(x, x)
+        args = (grid[:, 0].contiguous(), grid[:, 1].contiguous())
+        found = _execute({}, {op: 0 for op in BINARY}, list(args))
+    for op, got in found.items():
+        truth = _truth(op, *args).float()
+        big = (args[0].abs() > 1e9) & (args[0].abs() < math.inf) if op in ("sin", "cos", "tan") else torch.zeros_like(got, dtype=torch.bool)
+        for a, g, t, skip in zip(zip(*(list(v) for v in args), strict=True), got, truth, big, strict=True):
+            if skip:  # outside the domain that the template states
+                continue
+            where = f"{op}({', '.join(str(float(v)) for v in a)}) = {float(g)}, not {float(t)}"
+            assert bool(g.isnan()) == bool(t.isnan()), where
+            if t.isinf() or t == 0:
+                assert g == t or abs(float(g)) < 1e-37, where
+            elif not t.isnan():
+                assert abs(float(g) - float(t)) <= 2e-5 * abs(float(t)) + (2e-7 if op == "erfc" else 1e-37), where
