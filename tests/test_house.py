@@ -31,7 +31,7 @@ ARROWS = {
     "runtime": {"artifact"},
     "serve": {"artifact", "runtime"},
 }
-FREE = {"errors", "settings", "progress"}
+FREE = {"errors", "settings", "progress", "reproducer"}
 # Imports that stand inside a function, and so happen only when it is called: a target's probe asks the toolchain, and the
 # registered entry point of torch.compile imports the compiler on a miss.
 WHEN_CALLED = {"targets/cpu.py": {"toolchain"}, "runtime/compile.py": {"compile", "capture"}}
@@ -203,3 +203,15 @@ print(used.ru_utime + used.ru_stime)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert float(done.stdout) < 1.0
+
+
+@pytest.mark.parametrize("module", ["flagtree.runtime.load", "flagtree.artifact.bundle", "flagtree.runtime.compile", "flagtree.serve"])
+def test_what_serves_imports_no_part_of_the_compiler(module: str) -> None:
+    parts = ("capture", "ir", "lower", "passes", "codegen", "toolchain", "targets")
+    code = f"""
+import sys, {module}
+print([m for m in sys.modules if m.startswith("flagtree.") and m.split(".")[1] in {parts!r}],
+      [m for m in ("jinja2", "triton", "transformers") if m in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["[]", "[]"]

@@ -83,6 +83,15 @@ def write_bundle(
     return digest
 
 
+def copy_bundle(source: Path, target: Path) -> str:
+    """The whole bundle at `source`, certificate included, at `target` too; returns its digest.  Errors as `write_bundle`."""
+    bundle = open_bundle(source)
+    bundle.verify()
+    if not _stands_at(target, bundle.digest):
+        publish(target, {name: bundle.container.read(name) for name in bundle.container.sizes})
+    return bundle.digest
+
+
 def _stands_at(path: Path, digest: str) -> bool:
     try:
         bundle = open_bundle(path)
@@ -233,10 +242,18 @@ def inspect(bundle: Bundle) -> dict:
         "tiers": tiers,
         "kernels": {d: k.model_dump(mode="json") for d, k in sorted(manifest.kernels.items())},
         "libraries": list(manifest.libraries),
-        "parts": {name: summarise(bundle.part(name)) for name in manifest.parts},
+        "parts": {name: _summary(bundle, name) for name in manifest.parts},
         "coverage": manifest.coverage,
         "certificate": None if evidence is None else dict(evidence.evidence),
     }
+
+
+def _summary(bundle: Bundle, part: str) -> dict:
+    try:
+        return summarise(bundle.part(part))
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
+        why = f"{type(e).__name__}: {e}"
+        raise BundleError("a launch list is not valid", where=f"{bundle.path}/launch/{part}.json", why=why, hint="build it again") from None
 
 
 def summarise(launch: Mapping) -> dict:

@@ -57,7 +57,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception as error:  # the outermost frame: whatever arrives here is a bug of ours
-        from flagtree.cli import reproducer
+        from flagtree import reproducer
 
         typer.echo(reproducer.describe(error, reproducer.write(error, sys.argv)), err=True)
         sys.exit(INTERNAL_ERROR)

@@ -111,8 +111,9 @@ def _facts(bundle: BundleReport) -> RenderableType:
         table.add_row("missing", Text(f"beyond {tier}: {missing}"))
     ran = ", ".join(f"{count} {how}" for how, count in bundle.executed.items())
     table.add_row("executed", Text(ran or "nothing"))
-    seconds = ", ".join(f"{phase} {value:.1f} s" for phase, value in bundle.seconds.items())
-    table.add_row("time", Text(("nothing to compile, taken from the store; " if bundle.cached else "") + seconds))
+    spent = ["nothing to compile, taken from the store"] if bundle.cached else []
+    spent += [f"{phase} {value:.1f} s" for phase, value in bundle.seconds.items()]
+    table.add_row("time", Text(", ".join(spent) or "-"))
     return Group(table, Text())
 
 

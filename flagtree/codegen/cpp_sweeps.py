@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from flagtree.codegen import cpp_ops as ops
 from flagtree.codegen.cpp_body import BodyWriter, carry_type
+from flagtree.codegen.cpp_keep import Sweep, row_size, sweeps
 from flagtree.codegen.cpp_index import index_text, is_multiple
 from flagtree.codegen.cpp_layout import Layout
 from flagtree.codegen.flat import operands, results
@@ -60,41 +61,29 @@ class RowWriter:
         """The first sweep before which an op outside sweeps can run."""
         return max((self.layout.level.get(n, 0) for n in (*operands(op), *results(op))), default=0)
 
-    def _swept_slice(self, body: Iterable[BodyOp], sweep: int) -> list[BodyOp]:
-        """What a sweep executes, in order: its reductions and stores, and every swept value they need."""
-        needed: set[str] = set()
-        out: list[BodyOp] = []
-        for op in reversed(tuple(body)):
-            if isinstance(op, (Reduce, Store)):
-                wanted = self.layout.is_swept(op) and self.layout.sweep_of(op) == sweep
-            else:
-                wanted = self.layout.is_swept(op) and bool(needed & set(results(op)))
-            if wanted:
-                out.append(op)
-                needed.update(operands(op))
-        return out[::-1]
-
     # -- the lane axis is reduced ------------------------------------------------------------------------------------
     def _reduced_row(self) -> list[str]:
         body, lane = self.layout.kernel.body, self.layout.lane
         pieces = segments(self.layout.kernel, lane.name) if lane is not None else ()
+        planned = [(piece, sweeps(self.layout, piece.body)) for piece in pieces]
         pending = [op for op in body if not self.layout.is_swept(op)]
-        lines: list[str] = []
+        lines = [f"alignas(64) {ops.register(self.layout.kernel.dtypes[n])} {n}_row[{row_size(self.layout)}];"
+                 for n in sorted({n for _, all_sweeps in planned for s in all_sweeps for n in s.kept})]  # fmt: skip
         for sweep in range(self.layout.sweeps):
             ready = [op for op in pending if self._level(op) <= sweep]
             pending = [op for op in pending if op not in ready]
             lines += self._statements(ready, self._outer_scope(), vector=False)
-            lines += self._lane_sweep(sweep, pieces)
+            lines += self._lane_sweep(sweep, [(piece, all_sweeps[sweep]) for piece, all_sweeps in planned])
         return lines + self._statements(pending, self._outer_scope(), vector=False)
 
-    def _lane_sweep(self, sweep: int, pieces: tuple[Segment, ...]) -> list[str]:
+    def _lane_sweep(self, sweep: int, pieces: list[tuple[Segment, Sweep]]) -> list[str]:
         reduces = [op for op in self.layout.kernel.body if isinstance(op, Reduce) and self.layout.sweep_of(op) == sweep]
         lines = self._state(sweep, reduces) if reduces else []
         if reduces:
             lines += [f"{self._state_name(sweep)} part{sweep}[PARTS];", *_each_part(f"part{sweep}[k] = {self._start(reduces)};")]
         inner: list[str] = []
-        for piece in pieces:
-            inner += self._lane_loop(sweep, piece, bool(reduces))
+        for piece, work in pieces:
+            inner += self._lane_loop(sweep, piece, work, bool(reduces))
         scans = [op for op in self.layout.kernel.body if isinstance(op, Scan)]
         inner = [*(self._carry(op) for op in scans), *inner]
         lines += self._loops(inner) if self.layout.loops else block("", inner) if scans else inner
@@ -102,16 +91,15 @@ class RowWriter:
             lines += self._finish(op, sweep)
         return lines
 
-    def _lane_loop(self, sweep: int, piece: Segment, reducing: bool) -> list[str]:
+    def _lane_loop(self, sweep: int, piece: Segment, work: Sweep, reducing: bool) -> list[str]:
         """Full vectors, then the tail: the same statements, called with fewer lanes."""
         lane = self._lane_name
-        chosen = self._swept_slice(piece.body, sweep)
-        if not chosen:
+        if not work.body:
             return []
         scope = self._outer_scope() | {a.name for a in self.layout.loops} | {lane}
         state = f", {self._state_name(sweep)} &part" if reducing else ""
         step = block(f"const auto step = [&](const i64 {lane}, const int n{state}) __attribute__((always_inline))",
-                     self._statements(chosen, scope, vector=True), ";")  # fmt: skip
+                     [*self._read(work), *self._statements(work.body, scope, True, work.kept)], ";")  # fmt: skip
         lo, hi = self._text(piece.lo), self._text(piece.hi)
         extent = piece.hi - piece.lo
         lines = [*step, f"i64 at = {lo};", f"const i64 end = {hi};"]
@@ -124,6 +112,12 @@ class RowWriter:
         if not is_multiple(extent, PARTIALS, self.multiples):
             lines += self._tail(sweep, reducing)
         return block("", lines)
+
+    def _read(self, work: Sweep) -> list[str]:
+        lines = []
+        for n in work.read:
+            lines += [f"{ops.register(self.layout.kernel.dtypes[n])}v {n};", f"__builtin_memcpy(&{n}, {n}_row + {self._lane_name}, sizeof {n});"]
+        return lines
 
     def _tail(self, sweep: int, reducing: bool) -> list[str]:
         if not reducing:
@@ -162,7 +156,7 @@ class RowWriter:
         return bool(done & set(results(op)))
 
     def _inner_sweep(self, sweep: int, piece: Segment) -> list[str]:
-        chosen = self._swept_slice(piece.body, sweep)
+        chosen = sweeps(self.layout, piece.body)[sweep].body
         if not chosen:
             return []
         reduces = [op for op in chosen if isinstance(op, Reduce)]
@@ -216,13 +210,14 @@ class RowWriter:
     def _text(self, index: Index) -> str:
         return index_text(index, {}, self.layout.kernel.bounds)
 
-    def _statements(self, body: Iterable[BodyOp], scope: frozenset[str], vector: bool) -> list[str]:
+    def _statements(self, body: Iterable[BodyOp], scope: frozenset[str], vector: bool, kept: frozenset[str] = frozenset()) -> list[str]:
         writer = BodyWriter(self.layout, scope, vector)
         for op in body:
             if isinstance(op, Reduce):
                 writer.lines.append(self._accumulate(op, self.layout.lane_reduced))
             else:
                 writer.write(op)
+                writer.lines += [f"__builtin_memcpy({n}_row + {self._lane_name}, &{n}, sizeof {n});" for n in results(op) if n in kept]
         return writer.lines
 
     def _carry(self, op: Scan) -> str:

@@ -46,18 +46,21 @@ def default_schedule(program: Program, target: Target) -> Schedule:
 
 
 def _lane(flat: FlatKernel, axes: list[Axis]) -> Axis:
-    """The axis with the most bytes of accesses at distance one; the innermost where none is."""
+    """The axis along which most bytes are moved at distance one, over the whole domain; the innermost where none are."""
     dtypes = {b.name: b.dtype for b in flat.buffers}
     weight = {a.name: 0 for a in axes}
     for op in flat.body:
         access = getattr(op, "access", None)
         if access is None:
             continue
+        moved = DTYPES[dtypes[access.buffer]].bytes
+        for name in flat.op_depends(op):
+            moved *= _longest(flat.axis(name).extent, flat.bounds)
         for axis in axes:
             factor = access.index[0].coefficient(axis.name)
             shifted = factor is None and axis.name in access.index[0].names()  # (i + 64) % 128 is nearly contiguous
             if shifted or (factor is not None and factor.constant == 1):
-                weight[axis.name] += DTYPES[dtypes[access.buffer]].bytes
+                weight[axis.name] += moved
     return max(enumerate(axes), key=lambda pair: (weight[pair[1].name], pair[0]))[1]
 
 

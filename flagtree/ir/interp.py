@@ -211,12 +211,11 @@ class _Execution:
     def type_argument(self, x: TypeArg) -> Any:
         if x.kind == "device":
             return torch.device("cpu")  # the interpreter runs here, whatever chip the program is for
-        if x.kind == "dtype" and x.value in DTYPES:
-            return self.override if self.override is not None and DTYPES[x.value].is_float else torch_dtype(x.value)
-        value = getattr(torch, x.value.removeprefix("torch."), None)
+        value = torch_dtype(x.value) if x.value in DTYPES else getattr(torch, x.value.removeprefix("torch."), None)
         if value is None:
             raise IRError(f"unknown {x.kind} '{x.value}'")
-        return value
+        floating = isinstance(value, torch.dtype) and value.is_floating_point
+        return self.override if self.override is not None and floating else value
 
 
 def _operator(step: Extern) -> Any:

@@ -6,10 +6,11 @@ pass renames `t` to the state and drops both copies, when nothing touches the st
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from flagtree.ir.program import Access, Extern, Kernel, Load, Program, Ref, Step, Store
+from flagtree.ir.program import Access, Extern, Kernel, Load, Operand, Program, Ref, Step, Store
 from flagtree.passes.base import Fuel, Refused, Report
 from flagtree.targets.base import Target
 
@@ -93,7 +94,7 @@ def _rewritten(program: Program, state: str, temp: str, first: int | None, back:
         if k == first and isinstance(step, Extern):
             steps.append(replace(step, callee=IN_PLACE[step.callee], outputs=(None,), mutates=(state,)))
         elif k not in (first, back):
-            steps.append(_renamed(step, temp, state))
+            steps.append(renamed(step, {temp: state}))
     buffers = []
     for b in program.buffers:
         if b.name == temp:
@@ -104,25 +105,27 @@ def _rewritten(program: Program, state: str, temp: str, first: int | None, back:
     return program.with_(steps=tuple(steps), buffers=tuple(buffers))
 
 
-def _renamed(step: Step, old: str, new: str) -> Step:
+def renamed(step: Step, names: Mapping[str, str]) -> Step:
+    """The step with buffers renamed."""
     if isinstance(step, Kernel):
 
         def access(a: Access) -> Access:
-            return replace(a, buffer=new) if a.buffer == old else a
+            return replace(a, buffer=names[a.buffer]) if a.buffer in names else a
 
         body = tuple(replace(op, access=access(op.access)) if isinstance(op, (Load, Store)) else op for op in step.body)
         return replace(step, body=body)
     if isinstance(step, Extern):
 
-        def operand(x: object) -> object:
-            if isinstance(x, Ref) and x.buffer == old:
-                return Ref(new)
+        def operand(x: Operand) -> Operand:
+            if isinstance(x, Ref):
+                return Ref(names.get(x.buffer, x.buffer))
             return tuple(operand(y) for y in x) if isinstance(x, tuple) else x
 
         return replace(
             step,
-            args=tuple(operand(x) for x in step.args),  # type: ignore[arg-type]
-            kwargs=tuple((k, operand(x)) for k, x in step.kwargs),  # type: ignore[misc]
-            mutates=tuple(new if n == old else n for n in step.mutates),
+            args=tuple(operand(x) for x in step.args),
+            kwargs=tuple((k, operand(x)) for k, x in step.kwargs),
+            outputs=tuple(names.get(n, n) if n is not None else None for n in step.outputs),
+            mutates=tuple(names.get(n, n) for n in step.mutates),
         )
     return step

@@ -110,7 +110,7 @@ def _static(layout: Layout) -> bool:
 
 def _signature(value: Any) -> tuple:
     if isinstance(value, torch.Tensor):
-        return value.dtype, value.shape, value.stride(), value.device
+        return value.dtype, value.shape, value.stride(), value.device, value.layout, value.is_neg()
     return type(value), value
 
 
@@ -127,7 +127,7 @@ def _check_kind(name: str, layout: Layout, value: Any) -> None:
         raise BindError(f"{name} has the wrong element type", why=f"{value.dtype} instead of {layout.dtype}")
     if value.device.type != "cpu" or value.layout is not torch.strided:
         raise BindError(f"{name} is not a plain tensor in main memory", why=f"{value.layout} on {value.device}", hint=f"pass {name}.cpu()")
-    if value.is_neg() or value.is_conj():
+    if value.is_neg():  # conjugate views are complex, and no element type of ours is
         raise BindError(f"{name} is a lazy view", why="its memory does not hold its values", hint=f"pass {name}.resolve_neg()")
     if value.ndim != len(layout.shape):
         raise BindError(f"{name} has the wrong rank", why=f"{value.ndim} dimensions {list(value.shape)} instead of {len(layout.shape)}")

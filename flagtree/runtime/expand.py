@@ -43,7 +43,7 @@ class KernelCall:
 
 @dataclass(frozen=True, slots=True)
 class ExternCall:
-    """`args` and `kwargs` are operands in JSON, with actual buffer names."""
+    """`args` and `kwargs` are operands in JSON, with actual buffer names; `operands` are the buffers among them."""
 
     callee: str
     name: str
@@ -52,10 +52,7 @@ class ExternCall:
     outputs: tuple[str | None, ...]
     mutates: tuple[str, ...]
     reason: str
-
-    @property
-    def operands(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(_buffers([self.args, list(self.kwargs.values())])))
+    operands: tuple[str, ...]
 
 
 @dataclass(slots=True)
@@ -214,7 +211,8 @@ def _unroll(steps: Iterable[Mapping[str, Any]], rename: _Renaming, private: Mapp
             args = [rename.operand(a) for a in step["args"]]
             kwargs = {k: rename.operand(v) for k, v in step["kwargs"].items()}
             mutates = tuple(rename(n) for n in step["mutates"])
-            done.append(ExternCall(step["extern"], step["name"], args, kwargs, outputs, mutates, step["reason"]))
+            operands = tuple(dict.fromkeys(_buffers([args, list(kwargs.values())])))
+            done.append(ExternCall(step["extern"], step["name"], args, kwargs, outputs, mutates, step["reason"], operands))
 
 
 def _repeat(step: Mapping[str, Any], rename: _Renaming, private: Mapping[int, set[str]]) -> None:

@@ -198,6 +198,8 @@ class Frame:
         take = _taker(step.arguments)
         receive = self._receiver(step)
         resolve = self._resolver(step)
+        if not before and not keywords and resolve is None and (plain := self._plain_output(step)) is not None:
+            return self._plain_call(function, take, plain, receive)
 
         def run() -> None:
             for slot, build in before:
@@ -206,6 +208,36 @@ class Frame:
             receive(result)
             if resolve is not None:
                 resolve()
+
+        return run
+
+    def _plain_output(self, step: Call) -> str | None:
+        """The one result whose sizes are known and which needs nothing but a look, if the call is of that common kind."""
+        name = step.step.outputs[0] if len(step.step.outputs) == 1 else None
+        if name is None or step.copied or self.prepared.layouts[name].late or self.prepared.layouts[name].role == "scalar":
+            return None
+        returned = self.prepared.homes.lifetimes[name].last == len(self.prepared.program.steps)
+        moving = any(not isinstance(offset, int) for _, offset in self.prepared.words.get(name, ()))
+        return None if returned or moving else name
+
+    def _plain_call(
+        self, function: Callable[..., Any], take: Callable[[list[Any]], tuple], name: str, receive: Callable[[Any], None]
+    ) -> Callable[[], None]:
+        """The common call in one closure, which is half the time: what does not look as declared goes to `receive`."""
+        slots, words, slot, positions = self.slots, self.words, self.prepared.slot[name], self._positions(name)
+        layout, tensor = self.prepared.layouts[name], torch.Tensor
+        (sizes, strides), dtype = layout.at(self.values), layout.dtype
+
+        def run() -> None:
+            result = function(*take(slots))
+            if result.__class__ is tensor and result.shape == sizes and result.stride() == strides and result.dtype is dtype:
+                slots[slot] = result
+                if positions:
+                    address = result.data_ptr()
+                    for at, offset in positions:
+                        words[at] = address + offset
+            else:
+                receive(result)
 
         return run
 

@@ -110,6 +110,7 @@ class Prepared:
         self.layouts = {name: self._layout(b) for name, b in self.program.buffers.items() if b.role != "formal"}
         self.slots: Slots = []
         self.slot: dict[str, int] = {}
+        self._slots_of_root: dict[str, list[int]] = {}
         self.fixed: set[int] = set()  # slots that hold a constant operand
         self.words: dict[str, list[tuple[int, Expression]]] = {}
         self.pointer_count = 0
@@ -136,7 +137,7 @@ class Prepared:
         return Layout(
             buffer.name,
             self.program.buffers[self.program.root(buffer.name)].role,
-            torch_dtype(buffer.dtype),
+            torch.uint8 if buffer.role == "opaque" else torch_dtype(buffer.dtype),
             tuple(map(self.expression, buffer.shape)),
             None if buffer.strides is None else tuple(map(self.expression, buffer.strides)),
             self.expression(offset),
@@ -154,6 +155,7 @@ class Prepared:
     def _slot_of(self, name: str) -> int:
         if name not in self.slot:
             self.slot[name] = self._new_slot(None)
+            self._slots_of_root.setdefault(self.program.root(name), []).append(self.slot[name])
         return self.slot[name]
 
     def _new_slot(self, value: object) -> int:
@@ -181,7 +183,7 @@ class Prepared:
         return steps
 
     def _with_views(self, roots: list[str]) -> tuple[int, ...]:
-        return tuple(slot for name, slot in self.slot.items() if self.program.root(name) in set(roots))
+        return tuple(slot for root in roots for slot in self._slots_of_root.get(root, ()))
 
     def _launch(self, step: KernelCall) -> Launch:
         if self.library is None:

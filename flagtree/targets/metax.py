@@ -15,9 +15,10 @@ from flagtree.targets import stock_triton
 from flagtree.targets.base import Reach, Target
 
 SDK_COMPILER = Path("mxgpu_llvm") / "bin" / "mxcc"  # below MACA_PATH, where MetaX's own Triton looks for it
+# Why a kernel stops at `llir`, the same words on every machine: they go into bundles.
 MISSING = (
-    "binary (mcfatbin) needs MetaX's own compiler: MACA_PATH is not set, so no mxcc;"
-    " the MACA LLVM IR has been executed in the emulator only, never on a device"
+    "binary (mcfatbin) needs MetaX's SDK: mxcc below MACA_PATH, or MetaX's own Triton;"
+    " the MACA LLVM IR has been executed in the emulator at most, never on a device"
 )
 
 
@@ -29,14 +30,12 @@ def sdk_compiler() -> Path | None:
     return compiler if compiler.is_file() else None
 
 
-def missing_for_binary() -> str:
-    """Exactly why a kernel stops at `llir` here."""
+def _sdk_state() -> str:
     if sdk_compiler() is not None:
-        return ("binary (mcfatbin): MetaX's SDK is installed here, but the last step is not built yet (`flagtree finalize` will be its command);"
-                " the MACA LLVM IR has been executed in the emulator only, never on a device")  # fmt: skip
+        return "MetaX's SDK is here, but finalize, the command for the last step, is not built yet"
     if settings.maca_path is not None:
-        return MISSING.replace("MACA_PATH is not set, so no mxcc", f"MACA_PATH is set, but {SDK_COMPILER} is not below it")
-    return MISSING
+        return f"MACA_PATH is set, but {SDK_COMPILER} is not below it"
+    return "MACA_PATH is not set"
 
 
 def probe() -> Reach:
@@ -46,7 +45,7 @@ def probe() -> Reach:
         return Reach("source", missing=f"ttir and llir: {why}", how=stock_triton.INSTALL)
     executes = "emulator" if sys.platform == "linux" and platform.machine() == "x86_64" else ""
     how = "run `flagtree finalize BUNDLE` on a machine with MetaX's SDK, MACA_PATH set"
-    return Reach("llir", missing=missing_for_binary(), how=how, executes=executes)
+    return Reach("llir", missing=f"{MISSING}; {_sdk_state()}", how=how, executes=executes)
 
 
 _FLAGTREE_METAX = "FlagTree third_party/metax and MetaX-MACA/mcTriton, read as source"

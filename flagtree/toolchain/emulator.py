@@ -43,7 +43,12 @@ _KINDS = {"forward": 0, "reverse": 1, "random": 2}
 _INTEGERS = {"i1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "u1": 1, "u8": 1, "u16": 2, "u32": 4, "u64": 8}
 _LLVM_TYPES = {"i1": "i1", "fp32": "float", "fp64": "double"}
 _STATES = ("ready", "in a lane exchange", "at a barrier", "at the end")
-_SIGNALS = {4: "an illegal instruction", 7: "a bus error", 8: "an integer division by zero or its overflow", 11: "an access outside every argument"}
+_SIGNALS = {
+    4: "an illegal instruction",
+    7: "a bus error",
+    8: "an integer division by zero or its overflow",
+    11: "an access outside every argument",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +95,9 @@ class Session:
                 line = b""
         if line is None:
             self.close()
-            raise ToolchainError("an emulated kernel does not end", why=f"no answer within {seconds:g} s", hint="run fewer blocks or smaller shapes")
+            raise ToolchainError(
+                "an emulated kernel does not end", why=f"no answer within {seconds:g} s", hint="run fewer blocks or smaller shapes"
+            )
         if not line:
             code = self._process.wait()
             raise ToolchainError("the emulator's process died", why=f"exit status {code}: {self._stderr()}")
@@ -179,8 +186,11 @@ class Emulated:
     ) -> tuple[Memory, Run]:  # fmt: skip
         kind, seed = _order(order)
         if not 0 < warps <= MAX_WARPS or not 0 <= shared <= SHARED_BYTES:
-            raise ToolchainError(f"{warps} warps with {shared} bytes of shared memory do not fit MACA", where=self.function,
-                                 why=f"a block has at most {MAX_WARPS} warps and {SHARED_BYTES} bytes")
+            raise ToolchainError(
+                f"{warps} warps with {shared} bytes of shared memory do not fit MACA",
+                where=self.function,
+                why=f"a block has at most {MAX_WARPS} warps and {SHARED_BYTES} bytes",
+            )
         session = _current()
         tensors = [a for a in arguments if not isinstance(a, (int, float))]
         memory = Memory(session.folder / "memory", tensors, "start" if order == "reverse" else "end", exact)
@@ -210,7 +220,9 @@ class Emulated:
         for i, (argument, kind) in enumerate(zip(arguments, self.signature, strict=True)):
             is_number = isinstance(argument, (int, float))
             if is_number == kind.startswith("*"):
-                raise ToolchainError(f"argument {i} of {self.function} must be {'a tensor' if is_number else 'a number'}", why=f"it is {kind}")
+                raise ToolchainError(
+                    f"argument {i} of {self.function} must be {'a tensor' if is_number else 'a number'}", why=f"it is {kind}"
+                )
             slots.append(_number(argument, kind) if isinstance(argument, (int, float)) else memory.slot(next(tensors)))
         return [*slots, 0, 0]
 
@@ -226,11 +238,18 @@ class Emulated:
             )  # fmt: skip
         if code == 2:
             what = _SIGNALS.get(answer["signal"], f"signal {answer['signal']}")
-            at = f"{'write' if answer['wrote'] else 'read'} {memory.describe(answer['address'], answer['starts'])}" if answer["signal"] == 11 else ""
-            raise ToolchainError(f"an emulated kernel did {what}", where=f"{place}, thread {answer['thread']}", why=at,
-                                 hint="a mask or an index is wrong")
+            at = (
+                f"{'write' if answer['wrote'] else 'read'} {memory.describe(answer['address'], answer['starts'])}"
+                if answer["signal"] == 11
+                else ""
+            )
+            raise ToolchainError(
+                f"an emulated kernel did {what}", where=f"{place}, thread {answer['thread']}", why=at, hint="a mask or an index is wrong"
+            )
         if code == 3:
-            raise ToolchainError("an emulated kernel wrote past its shared memory", where=place, why=f"byte {answer['address']} of {shared}")
+            raise ToolchainError(
+                "an emulated kernel wrote past its shared memory", where=place, why=f"byte {answer['address']} of {shared}"
+            )
         if code:
             raise ToolchainError("the emulator has no memory for its threads", where=place)
 
@@ -240,7 +259,9 @@ def load(llir: str, function: str, signature: Sequence[str]) -> Emulated:
     host, parameters = to_host(llir, function)
     expected = [_llvm_type(kind) for kind in signature] + ["ptr addrspace(1)"] * 2
     if list(parameters) != expected:
-        raise ToolchainError(f"the parameters of {function} do not fit its signature", why=f"{', '.join(parameters)} against {', '.join(expected)}")
+        raise ToolchainError(
+            f"the parameters of {function} do not fit its signature", why=f"{', '.join(parameters)} against {', '.join(expected)}"
+        )
     return Emulated(function, tuple(signature), host, hashlib.sha256(host.encode()).hexdigest()[:32])
 
 
@@ -295,7 +316,7 @@ def sample_blocks(grid: Sequence[int], count: int, seed: int = 0) -> list[Block]
 
 
 def evaluate_index(expression: object, values: Mapping[str, int]) -> int:
-    """The integer of an index expression in JSON (docs/architecture.md): a number, a name, or [op, a, b, ...].  ToolchainError otherwise."""
+    """The integer of an index expression in JSON (docs/architecture.md): a number, a name, [op, a, b, ...].  ToolchainError otherwise."""
     if isinstance(expression, int) and not isinstance(expression, bool):
         return expression
     if isinstance(expression, str) and expression in values:
@@ -330,7 +351,9 @@ def execute_built(
     launch: Mapping[str, Any] = built.launch
     text = built.files.get(f"{variant}.llir")
     if text is None:
-        raise ToolchainError(f"the kernel {built.digest[:16]} has no {variant}.llir", why=f"tier {built.tier}", hint="build it with toolchain.maca")
+        raise ToolchainError(
+            f"the kernel {built.digest[:16]} has no {variant}.llir", why=f"tier {built.tier}", hint="build it with toolchain.maca"
+        )
     kernel = load(text.decode(), launch["function"], [kind for _, kind in launch["signature"]])
     grid = [evaluate_index(e, {f"n{i}": value for i, value in enumerate(symbols)}) for e in launch["grid"]]
     if not all(grid):
@@ -343,8 +366,11 @@ def execute_built(
         contents = memory.read()
         if runs and contents != first:
             changed = [r.members for r, a, b in zip(memory.regions, first, contents, strict=True) if a != b]
-            raise ToolchainError(f"the emulated kernel {kernel.function} gives other bits in another order of threads",
-                                 why=f"{orders[0]} and {order} differ in argument {changed}", hint="two threads race: a barrier is missing, or a combiner gives other bits when its operands change places")
+            raise ToolchainError(
+                f"the emulated kernel {kernel.function} gives other bits in another order of threads",
+                why=f"{orders[0]} and {order} differ in argument {changed}",
+                hint="two threads race: a barrier is missing, or a combiner gives other bits when its operands change places",
+            )
         runs.append(run)
         first = contents
     if runs:

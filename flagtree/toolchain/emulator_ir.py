@@ -1,6 +1,6 @@
 """Turns MACA LLVM IR into LLVM IR for x86-64: MACA's intrinsics become calls into emulator_runtime.c, plus one entry point.
 
-The invariant: nothing else of the kernel changes, so what runs is what ships.  `emulator` calls `to_host`.
+The invariant: nothing else of the kernel changes (loads become volatile), so what runs is what ships.  `emulator` calls `to_host`.
 Each barrier and lane exchange gets a number, by which the runtime sees threads that wait at different places.
 """
 
@@ -15,6 +15,8 @@ ENTRY = "ft_entry"
 _QUERIES = {"thread.id.x": "ft_thread_x", "block.id.x": "ft_block_x", "block.id.y": "ft_block_y", "block.id.z": "ft_block_z"}
 _MATRIX = {"mma.f32.16x16x2bf16": 1, "mma.f32.16x16x16f16": 0}
 _MXC = re.compile(r"@llvm\.mxc\.([\w.]+)\((.*)\)$")
+# The host's code generator moves a load into the branch that needs it, which would hide a load outside its tensor.
+_LOAD = re.compile(r"^(  %[\w.]+ = load )(?!atomic|volatile)(?=.*addrspace)")
 _DEFINE = re.compile(r"^define metaxgpu_kernel void @([\w.]+)\((.*)\) convergent [^{}()]*\{$")
 
 
@@ -37,7 +39,7 @@ def to_host(text: str, function: str) -> tuple[str, tuple[str, ...]]:
         elif match := _MXC.search(line):
             lines.append(line[: match.start()] + _call(match[1], match[2], next(sites)))
         else:
-            lines.append(line)
+            lines.append(_LOAD.sub(r"\1volatile ", line))
     if parameters is None:
         raise ToolchainError(f"the module has no kernel '{function}'", hint="pass MACA LLVM IR as toolchain.maca builds it")
     return "\n".join([*lines, _RUNTIME, _entry(function, parameters)]), parameters

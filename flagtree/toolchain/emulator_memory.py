@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     import torch
 
 PAGE = mmap.PAGESIZE
-GUARD = 1 << 28            # bytes of inaccessible address space on each side of a tensor
-PROMISED = 16              # bytes: the alignment that the aligned variant promises
-_EMPTY = b"\xff"           # NaN in every float type, -1 in every integer type
+GUARD = 1 << 28  # bytes of inaccessible address space on each side of a tensor
+PROMISED = 16  # bytes: the alignment that the aligned variant promises
+_EMPTY = b"\xff"  # NaN in every float type, -1 in every integer type
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Region:
     """Arguments whose bytes overlap, as one range: at `start` of `size` bytes of pages at `offset` of the file."""
 
     members: tuple[int, ...]
-    base: int      # address of the first byte in the caller's memory
+    base: int  # address of the first byte in the caller's memory
     length: int
     offset: int
     size: int
@@ -90,7 +90,7 @@ class Memory:
                     at = region.start + tensor.data_ptr() - region.base
                     image[at : at + span_bytes(tensor)] = flat_bytes(tensor)
                 file.seek(region.offset)
-                file.write(memoryview(image.numpy()))
+                image.numpy().tofile(file)
 
     def read(self) -> list[bytes]:
         """The bytes of each region.  Raises ToolchainError when the pattern around one was overwritten."""
@@ -101,8 +101,10 @@ class Memory:
             end = region.start + region.length
             for name, margin in (("before", pages[: region.start]), ("after", pages[end:])):
                 if margin.strip(_EMPTY):
-                    raise ToolchainError(f"an emulated kernel wrote {name} argument {' or '.join(map(str, region.members))}",
-                                         hint="a mask or an index is wrong")
+                    raise ToolchainError(
+                        f"an emulated kernel wrote {name} argument {' or '.join(map(str, region.members))}",
+                        hint="a mask or an index is wrong",
+                    )
             found.append(pages[region.start : end])
         return found
 

@@ -23,10 +23,10 @@ from flagtree.errors import ToolchainError
 from flagtree.toolchain.maca_ir import LANES, convert
 
 NAME = "maca"
-TESTED = ((3, 6), (3, 7), (3, 8), (3, 9))   # pass bindings are Triton internals: an untested release is refused
+TESTED = ((3, 6), (3, 7), (3, 8), (3, 9))  # pass bindings are Triton internals: an untested release is refused
 PROCESSORS = {80: "xcore1000", 86: "xcore1500", 89: "xcore1600"}  # capability -> mxcc --offload-arch
-SHARED_BYTES = 64 * 1024                     # of one block
-MAX_WARPS = 8                                # C550: 512 threads a block
+SHARED_BYTES = 64 * 1024  # of one block
+MAX_WARPS = 8  # C550: 512 threads a block
 # The wave64 ISA whose lowering is borrowed: every tested release has it, and it uses no buffer instructions unless asked.
 LOWERING = "gfx90a"
 
@@ -41,8 +41,9 @@ def register() -> None:
     release = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if release not in TESTED:
         tested = ", ".join(f"{major}.{minor}" for major, minor in TESTED)
-        raise ToolchainError(f"the MACA lowering is not tested with Triton {triton.__version__}", why=f"tested: {tested}",
-                             hint='install "triton>=3.6,<3.10"')
+        raise ToolchainError(
+            f"the MACA lowering is not tested with Triton {triton.__version__}", why=f"tested: {tested}", hint='install "triton>=3.6,<3.10"'
+        )
     backends[NAME] = Backend(compiler=MacaBackend, driver=MacaDriver)
 
 
@@ -72,8 +73,11 @@ class MacaOptions:
 
     def __post_init__(self) -> None:
         if not 0 < self.num_warps <= MAX_WARPS or self.num_warps & (self.num_warps - 1):
-            raise ToolchainError(f"num_warps={self.num_warps} does not fit MACA", why=f"a block has at most {MAX_WARPS} warps of {LANES} threads",
-                                 hint="use 1, 2, 4 or 8")
+            raise ToolchainError(
+                f"num_warps={self.num_warps} does not fit MACA",
+                why=f"a block has at most {MAX_WARPS} warps of {LANES} threads",
+                hint="use 1, 2, 4 or 8",
+            )
         if self.num_ctas != 1:
             raise ToolchainError(f"num_ctas={self.num_ctas} does not fit MACA", why="the hardware has no thread block clusters")
         object.__setattr__(self, "extern_libs", ())
@@ -150,7 +154,9 @@ class MacaDriver(DriverBase):
 
     @staticmethod
     def _absent() -> ToolchainError:
-        return ToolchainError("the MACA lowering only compiles", why="it has no driver", hint="load the bundle on a machine with MetaX's SDK")
+        return ToolchainError(
+            "the MACA lowering only compiles", why="it has no driver", hint="load the bundle on a machine with MetaX's SDK"
+        )
 
 
 def _manager(module: Any) -> Any:
@@ -238,8 +244,9 @@ def make_llir(module: Any, metadata: dict[str, Any], options: MacaOptions) -> st
     manager.run(module, "make_llir")
     shared: int = module.get_int_attr("ttg.shared")
     if shared > SHARED_BYTES:
-        raise ToolchainError(f"the kernel needs {shared} bytes of shared memory", why=f"a block has {SHARED_BYTES}",
-                             hint="use smaller tiles or fewer stages")
+        raise ToolchainError(
+            f"the kernel needs {shared} bytes of shared memory", why=f"a block has {SHARED_BYTES}", hint="use smaller tiles or fewer stages"
+        )
     metadata["shared"], metadata["num_warps"], metadata["tensordesc_meta"] = shared, options.num_warps, None
     for kind in ("global_scratch", "profile_scratch"):
         metadata[f"{kind}_size"] = module.get_int_attr(f"ttg.{kind}_memory_size") or 0

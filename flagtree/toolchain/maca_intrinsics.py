@@ -55,10 +55,10 @@ _GENERIC = re.compile(
 )
 
 # libm names that map one to one: the device library calls them mc_math_func_<name>, with `f` appended for float
-MATH = frozenset(
-    "sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh exp exp2 exp10 expm1 log log2 log10 log1p pow cbrt erf erfc "
-    "fmod remainder atan2 hypot tgamma lgamma nextafter ldexp".split()
-)
+MATH = frozenset((
+    "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh", "exp", "exp2", "exp10", "expm1", "log",
+    "log2", "log10", "log1p", "pow", "cbrt", "erf", "erfc", "fmod", "remainder", "atan2", "hypot", "tgamma", "lgamma", "nextafter", "ldexp",
+))  # fmt: skip
 # exact ones have an LLVM function, so that no library is needed
 _EXACT = {"floor": "floor", "ceil": "ceil", "trunc": "trunc", "rint": "rint", "nearbyint": "rint", "fabs": "fabs", "copysign": "copysign",
           "sqrt": "sqrt", "fma": "fma", "fmin": "minnum", "fmax": "maxnum"}  # fmt: skip
@@ -129,8 +129,10 @@ def generated(name: str) -> Replacement:
 
 def _rsqrt(bits: int) -> str:
     kind = "float" if bits == 32 else "double"
-    return (f"define internal {kind} @__ft_rsqrt_f{bits}({kind} %x) alwaysinline {{\n  %s = call {kind} @llvm.sqrt.f{bits}({kind} %x)\n"
-            f"  %r = fdiv {kind} 1.0, %s\n  ret {kind} %r\n}}\n")
+    return (
+        f"define internal {kind} @__ft_rsqrt_f{bits}({kind} %x) alwaysinline {{\n  %s = call {kind} @llvm.sqrt.f{bits}({kind} %x)\n"
+        f"  %r = fdiv {kind} 1.0, %s\n  ret {kind} %r\n}}\n"
+    )
 
 
 _GENERATED = {
@@ -170,8 +172,10 @@ _FETCH = "  %byte = shl i32 %from, 2\n  %got = call i32 @llvm.mxc.bsm.bpermute(i
 
 def _quad_source(selectors: int) -> str:
     """Lane 4q+i reads lane 4q+s_i, the four 2-bit selectors s_i packed lowest first."""
-    return ("  %i = and i32 %lane, 3\n  %shift = shl i32 %i, 1\n"
-            f"  %packed = lshr i32 {selectors}, %shift\n  %s = and i32 %packed, 3\n  %quad = and i32 %lane, 60\n  %from = or i32 %quad, %s\n")
+    return (
+        "  %i = and i32 %lane, 3\n  %shift = shl i32 %i, 1\n"
+        f"  %packed = lshr i32 {selectors}, %shift\n  %s = and i32 %packed, 3\n  %quad = and i32 %lane, 60\n  %from = or i32 %quad, %s\n"
+    )
 
 
 def _dpp_source(control: int, where: str) -> str:
@@ -182,11 +186,15 @@ def _dpp_source(control: int, where: str) -> str:
         return _quad_source(control) + always
     if 0x101 <= control <= 0x10F or 0x111 <= control <= 0x11F:  # row_shl, row_shr: within 16 lanes
         step = "add" if control < 0x110 else "sub"
-        return (f"  %moved = {step} i32 %lane, {count}\n  %row = and i32 %lane, -16\n  %row2 = and i32 %moved, -16\n"
-                "  %valid = icmp eq i32 %row, %row2\n  %from = and i32 %moved, 63\n")
+        return (
+            f"  %moved = {step} i32 %lane, {count}\n  %row = and i32 %lane, -16\n  %row2 = and i32 %moved, -16\n"
+            "  %valid = icmp eq i32 %row, %row2\n  %from = and i32 %moved, 63\n"
+        )
     if 0x121 <= control <= 0x12F:  # row_ror
-        return (f"  %moved = sub i32 %lane, {count}\n  %column = and i32 %moved, 15\n  %row = and i32 %lane, 48\n"
-                "  %from = or i32 %row, %column\n" + always)
+        return (
+            f"  %moved = sub i32 %lane, {count}\n  %column = and i32 %moved, 15\n  %row = and i32 %lane, 48\n"
+            "  %from = or i32 %row, %column\n" + always
+        )
     if control in (0x140, 0x141):  # row_mirror, row_half_mirror
         return f"  %from = xor i32 %lane, {15 if control == 0x140 else 7}\n" + always
     if control == 0x142:  # row_bcast:15, the last lane of a row to the next row
@@ -204,9 +212,11 @@ def dpp(control: int, row_mask: int, bank_mask: int, bound_control: bool, where:
     if row_mask == 15 and bank_mask == 15:
         body += "  ret i32 %moved_in\n"
     else:
-        body += (f"  %r = lshr i32 %lane, 4\n  %rbit = lshr i32 {row_mask}, %r\n  %ron = trunc i32 %rbit to i1\n"
-                 f"  %b = lshr i32 %lane, 2\n  %b3 = and i32 %b, 3\n  %bbit = lshr i32 {bank_mask}, %b3\n  %bon = trunc i32 %bbit to i1\n"
-                 "  %on = and i1 %ron, %bon\n  %out = select i1 %on, i32 %moved_in, i32 %old\n  ret i32 %out\n")
+        body += (
+            f"  %r = lshr i32 %lane, 4\n  %rbit = lshr i32 {row_mask}, %r\n  %ron = trunc i32 %rbit to i1\n"
+            f"  %b = lshr i32 %lane, 2\n  %b3 = and i32 %b, 3\n  %bbit = lshr i32 {bank_mask}, %b3\n  %bon = trunc i32 %bbit to i1\n"
+            "  %on = and i1 %ron, %bon\n  %out = select i1 %on, i32 %moved_in, i32 %old\n  ret i32 %out\n"
+        )
     return Replacement(name, f"define internal i32 @{name}(i32 %old, i32 %value) alwaysinline convergent {{\n{body}}}\n")
 
 
@@ -216,6 +226,10 @@ def swizzle(offset: int) -> Replacement:
     if offset & 0x8000:
         source = _quad_source(offset & 0xFF)
     else:
-        source = (f"  %low = and i32 %lane, {offset & 31}\n  %set = or i32 %low, {offset >> 5 & 31}\n  %flip = xor i32 %set, {offset >> 10 & 31}\n"
-                  "  %half = and i32 %lane, 32\n  %from = or i32 %half, %flip\n")
-    return Replacement(name, f"define internal i32 @{name}(i32 %value) alwaysinline convergent {{\n{_LANE}{source}{_FETCH}  ret i32 %got\n}}\n")
+        source = (
+            f"  %low = and i32 %lane, {offset & 31}\n  %set = or i32 %low, {offset >> 5 & 31}\n"
+            f"  %flip = xor i32 %set, {offset >> 10 & 31}\n  %half = and i32 %lane, 32\n  %from = or i32 %half, %flip\n"
+        )
+    return Replacement(
+        name, f"define internal i32 @{name}(i32 %value) alwaysinline convergent {{\n{_LANE}{source}{_FETCH}  ret i32 %got\n}}\n"
+    )

@@ -8,6 +8,7 @@ MACA's LLVM is a fork of the AMDGPU family: same address spaces and lane semanti
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from flagtree.errors import ToolchainError
@@ -20,6 +21,7 @@ DATALAYOUT = (
     "v192:256-v256:256-v512:512-v1024:1024-v2048:2048-n32:64-S32-A5-G1-ni:7"
 )
 LANES = 64
+Exchange = Callable[[str, list[str]], None]  # (result, operand words) of one 32-bit lane exchange
 _SCOPES = {"workgroup": "block", "agent": "device", "wavefront": "warp", "workgroup-one-as": "block-one-as",
            "agent-one-as": "device-one-as", "wavefront-one-as": "warp-one-as", "singlethread": "singlethread"}  # fmt: skip
 _ADDRESS_SPACES = frozenset("1345")  # global, shared, constant, private
@@ -71,10 +73,10 @@ class _Converter:
         self.function = ""
         self.globals: list[str] = []
         self.body: list[str] = []
-        self.source_types: dict[str, str] = {}     # function -> "result (arguments)" as the source declares it
-        self.declared: dict[str, str] = {}         # what the result declares
-        self.generated: dict[str, str] = {}        # our own small functions
-        self.definitions: dict[str, str] = {}      # value -> right-hand side, for recognising uniform values
+        self.source_types: dict[str, str] = {}  # function -> "result (arguments)" as the source declares it
+        self.declared: dict[str, str] = {}  # what the result declares
+        self.generated: dict[str, str] = {}  # our own small functions
+        self.definitions: dict[str, str] = {}  # value -> right-hand side, for recognising uniform values
         self.temporaries = 0
 
     def run(self, text: str) -> MacaModule:
@@ -262,7 +264,7 @@ class _Converter:
         else:
             self.bpermute(result, "0", value)
 
-    def by_words(self, result: str, kind: str, operands: list[tuple[str, str]], exchange) -> None:  # type: ignore[no-untyped-def]
+    def by_words(self, result: str, kind: str, operands: list[tuple[str, str]], exchange: Exchange) -> None:
         """Run a 32-bit lane exchange on a value of 32 or 64 bits: `exchange(result, words)` once for each word."""
         if kind == "i32":
             exchange(result, [v for _, v in operands])
@@ -285,7 +287,7 @@ class _Converter:
         if exchanged != result:
             self.emit(f"{result} = bitcast {integer} {exchanged} to {kind}")
 
-    def exchange_word(self, values: list[str], shift: int, exchange) -> str:  # type: ignore[no-untyped-def]
+    def exchange_word(self, values: list[str], shift: int, exchange: Exchange) -> str:
         words = []
         for value in values:
             if shift:

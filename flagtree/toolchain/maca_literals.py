@@ -36,8 +36,12 @@ def lower_constants(line: str, where: str) -> str:
     if "splat (" in line:
         line = _SPLAT.sub(lambda match: _spell_out(match, where), line)
     if "bfloat" in line and not _BFLOAT_MOVES.search(line):
-        raise ToolchainError("the MACA lowering met arithmetic in bfloat", where=where, why=f"line: {line.strip()}",
-                             hint="compute in float32 and round at the end")
+        raise ToolchainError(
+            "the MACA lowering met arithmetic in bfloat",
+            where=where,
+            why=f"line: {line.strip()}",
+            hint="compute in float32 and round at the end",
+        )
     seen = [""]
 
     def token(match: re.Match[str]) -> str:

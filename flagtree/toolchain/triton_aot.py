@@ -60,7 +60,7 @@ class Workers:
         self.threads = ThreadPoolExecutor(max(1, jobs), thread_name_prefix="triton")
         self.idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self.started: list[_Worker] = []
-        self.lock = threading.Lock()
+        self.lock, self.closed = threading.Lock(), False
 
     def submit(self, source: TritonSource, gpu: tuple[str, object, int], options: Mapping[str, object], stages: Sequence[str],
                prepare: str | None = None) -> Future[Compiled]:  # fmt: skip
@@ -92,15 +92,20 @@ class Workers:
             return self.idle.get_nowait()
         except queue.Empty:
             with self.lock:
+                if self.closed:
+                    raise ToolchainError("the build was stopped")
                 worker = _Worker(self.python, self.folder, len(self.started))
                 self.started.append(worker)
             return worker
 
     def close(self) -> None:
-        """End every process, whatever it is doing."""
-        for worker in self.started:
-            worker.end()
-        self.threads.shutdown(wait=True, cancel_futures=True)
+        """End every process, whatever it is doing, and start no other."""
+        self.threads.shutdown(wait=False, cancel_futures=True)
+        with self.lock:
+            self.closed = True
+            for worker in self.started:
+                worker.end()
+        self.threads.shutdown(wait=True)
 
 
 class _Worker:

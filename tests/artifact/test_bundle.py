@@ -64,9 +64,7 @@ def test_the_digest_is_the_hash_of_the_manifest_and_that_holds_every_other(write
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_equal_bytes_from_another_folder_home_and_time(
-    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
-) -> None:
+def test_equal_bytes_from_another_folder_home_and_time(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
     one, other = tmp_path / "a" / form, tmp_path / "somewhere else" / form
     digest = write(one)
     monkeypatch.setenv("HOME", str(tmp_path / "other home"))
@@ -123,7 +121,9 @@ def flip(data: bytes) -> bytes:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("how", ["cut", "flipped", "longer", "empty"])
-@pytest.mark.parametrize("name", ["lib/x86-64-v3.so", "kernels/0123456789abcdef/kernel.cpp", "launch/prefill.json", "constants.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["lib/x86-64-v3.so", "kernels/0123456789abcdef/kernel.cpp", "launch/prefill.json", "constants.safetensors"]
+)
 def test_an_edited_file_is_refused(write: Write, tmp_path: Path, form: str, how: str, name: str) -> None:
     path = tmp_path / form
     write(path)
@@ -219,7 +219,7 @@ def test_hostile_archives(write: Write, tmp_path: Path) -> None:
             if kind == "twice":
                 with pytest.warns(UserWarning, match="Duplicate"):
                     archive.writestr("manifest.json", b"{}")
-        with pytest.raises(BundleError, match="plain bytes|not allowed|stands twice"):
+        with pytest.raises(BundleError, match=r"plain bytes|not allowed|stands twice"):
             open_bundle(bad)
 
 
@@ -367,9 +367,7 @@ def start(repository: Path, path: Path, stop: int) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_killed_writer_keeps_the_old_bundle_and_the_next_cleans_up(
-    write: Write, repository: Path, tmp_path: Path, form: str
-) -> None:
+def test_a_killed_writer_keeps_the_old_bundle_and_the_next_cleans_up(write: Write, repository: Path, tmp_path: Path, form: str) -> None:
     path = tmp_path / form
     digest = write(path)
     writer = start(repository, path, 5 if form == "toy" else 1)
@@ -401,3 +399,10 @@ def test_what_open_would_refuse_is_never_written(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="not valid"):
         write_bundle(tmp_path / "toy", name="toy", target="a target", parts={}, kernels=[])
     assert not (tmp_path / "toy").exists()
+
+
+@pytest.mark.parametrize("launch", [{"steps": [{}]}, {"steps": 7}, {"steps": [], "buffers": [{}]}, {"steps": [{"repeat": "x", "steps": [1]}]}])
+def test_inspecting_a_launch_list_that_is_none(write: Write, tmp_path: Path, launch: dict) -> None:
+    write(tmp_path / "toy", parts={"prefill": launch})
+    with pytest.raises(BundleError, match="launch list is not valid"):
+        inspect(open_bundle(tmp_path / "toy"))

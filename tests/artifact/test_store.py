@@ -77,7 +77,18 @@ def _damage(path: Path, how: str) -> None:
         path.write_text("x")
 
 
-DAMAGE = ["truncated", "bit flipped", "missing", "linked", "no manifest", "empty manifest", "huge size", "name outside", "other format", "a file"]
+DAMAGE = [
+    "truncated",
+    "bit flipped",
+    "missing",
+    "linked",
+    "no manifest",
+    "empty manifest",
+    "huge size",
+    "name outside",
+    "other format",
+    "a file",
+]
 
 
 @pytest.mark.parametrize("how", DAMAGE)

@@ -44,7 +44,7 @@ def elementwise(op: str, dtype: str, arity: int, result: str) -> str:
     buffers = "".join(f"  buffer {n}: {t}[n0] input\n" for n, t in zip(names, types, strict=True))
     loads = "".join(f"    v{n}: {t} = load {n}[i0]\n" for n, t in zip(names, types, strict=True))
     return f"""program p
-  symbol n0 in 0..100000 from dim a 0
+  symbol n0 in 0..10000000 from dim a 0
 {buffers}  buffer y: {result}[n0] temp
   kernel k {{i0 < n0}} numerics(eager, contract=off, acc=f32)
 {loads}    r: {result} = {op} {", ".join("v" + n for n in names)}

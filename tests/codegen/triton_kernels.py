@@ -367,17 +367,17 @@ TEXTS: dict[str, str] = {
   outputs y
 """,
     "row_state": f"""
-  buffer x: f32[s0, 96] input
+  buffer x: f32[s0, 512] input
   buffer c: f32[s0] state
-  buffer y: f32[s0, 96] temp
-  kernel k {{i0 < s0}} reduce {{r0 < 96}} {_N}
-    a0: f32 = load x[i0, r0]
+  buffer y: f32[s0, 512] temp
+  kernel k {{i0 < s0, i1 < 512}} {_N}
+    schedule lane=i1 tiles(i1=512) loop() warps=4 stages=1
+    a0: f32 = load x[i0, i1]
     c0: f32 = load c[i0]
     a1: f32 = sub a0, c0
-    a2: f32 = max a0 over r0
-    a3: f32 = max a2, c0
-    store y[i0, r0] = a1
-    store c[i0] = a3
+    c1: f32 = add c0, 1.0
+    store y[i0, i1] = a1
+    store c[i0] = c1
   outputs y, c
 """,
     "scalar": f"""

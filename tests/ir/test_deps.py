@@ -39,9 +39,7 @@ def random_program(rng: random.Random, steps: int, buffers: int) -> Program:
 
 
 def conflicts(program: Program, a: int, b: int) -> set[str]:
-    (r0, w0), (r1, w1) = (
-        tuple({program.root(n) for n in names} for names in touched(program.steps[k])) for k in (a, b)
-    )
+    (r0, w0), (r1, w1) = (tuple({program.root(n) for n in names} for names in touched(program.steps[k])) for k in (a, b))
     kinds = {"RAW": w0 & r1, "WAR": r0 & w1, "WAW": w0 & w1, "effect": step_effects(program.steps[a]) & step_effects(program.steps[b])}
     return {kind for kind, found in kinds.items() if found}
 

@@ -47,7 +47,9 @@ SOME = EVERYWHERE[:: max(1, len(EVERYWHERE) // 150)]
 @st.composite
 def positive(draw: st.DrawFn) -> Index:
     """A divisor: positive at every assignment."""
-    return draw(st.sampled_from([Index.of(n) for n in (1, 2, 3, 4, 6)] + [Index.of("s"), Index.of("t"), Index.of("s") * "t", Index.of("t") * 2]))
+    return draw(
+        st.sampled_from([Index.of(n) for n in (1, 2, 3, 4, 6)] + [Index.of("s"), Index.of("t"), Index.of("s") * "t", Index.of("t") * 2])
+    )
 
 
 @st.composite

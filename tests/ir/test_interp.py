@@ -61,7 +61,9 @@ def test_float64_truth_rounds_nowhere() -> None:
     torch.testing.assert_close(y, want, rtol=1e-14, atol=0)
 
 
-def body(lines: str, head: str = "{i < n} reduce {r < 7}", buffers: str = "", outputs: str = "y", out: str = "f32[n]", x: str = "f32[n, 7]") -> str:
+def body(
+    lines: str, head: str = "{i < n} reduce {r < 7}", buffers: str = "", outputs: str = "y", out: str = "f32[n]", x: str = "f32[n, 7]"
+) -> str:
     inner = "".join(f"    {line.strip()}\n" for line in lines.strip().splitlines())
     extra = "".join(f"  buffer {b}\n" for b in buffers.split(";") if b)
     return (
@@ -97,7 +99,8 @@ def test_arg_reductions_take_the_first_and_the_first_nan(combiner: str) -> None:
 
 def test_any_and_all() -> None:
     text = body(
-        "a: f32 = load x[i, r]\np: b1 = gt a, 0.0\nq: b1 = any p over r\ns: b1 = all p over r\nz: b1 = xor q, s\nstore y[i] = z", out="b1[n]"
+        "a: f32 = load x[i, r]\np: b1 = gt a, 0.0\nq: b1 = any p over r\ns: b1 = all p over r\nz: b1 = xor q, s\nstore y[i] = z",
+        out="b1[n]",
     )
     assert torch.equal(run(parse_program(text), {"x": X})["y"], (X > 0).any(1) ^ (X > 0).all(1))
 
@@ -127,7 +130,9 @@ def test_welford_and_online_softmax() -> None:
     torch.testing.assert_close(run(parse_program(text), {"x": x})["y"], x.softmax(1), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize(("combiner", "want"), [("sum", X.cumsum(1)), ("prod", X.cumprod(1)), ("max", X.cummax(1)[0]), ("min", X.cummin(1)[0])])
+@pytest.mark.parametrize(
+    ("combiner", "want"), [("sum", X.cumsum(1)), ("prod", X.cumprod(1)), ("max", X.cummax(1)[0]), ("min", X.cummin(1)[0])]
+)
 def test_scans(combiner: str, want: torch.Tensor) -> None:
     text = body(f"a: f32 = load x[i, r]\nb: f32 = scan.{combiner} a over r\nstore y[i, r] = b", out="f32[n, 7]")
     torch.testing.assert_close(run(parse_program(text), {"x": X})["y"], want, equal_nan=True, rtol=1e-6, atol=0)
@@ -170,7 +175,11 @@ def test_half_arithmetic_rounds_once() -> None:
 
 
 def test_every_operation_has_a_meaning() -> None:
-    made = {"f": ("f32", torch.tensor([1.5, -0.3, 0.7])), "i": ("i64", torch.tensor([5, -3, 0])), "b": ("b1", torch.tensor([True, False, True]))}
+    made = {
+        "f": ("f32", torch.tensor([1.5, -0.3, 0.7])),
+        "i": ("i64", torch.tensor([5, -3, 0])),
+        "b": ("b1", torch.tensor([True, False, True])),
+    }
     for op in OPS.values():
         for kind in op.kinds:
             dtype, x = made[kind]

@@ -25,7 +25,7 @@ from flagtree.ir.program import (
 from flagtree.ir.text import parse_program, print_kernel, print_program
 
 KERNEL = "program p\n  kernel k {} numerics(eager, contract=on, acc=f32)\n"
-EVERYTHING = '''program everything
+EVERYTHING = """program everything
   symbol s0 in 1..64 from dim x 0
   symbol s1 in 1..40960 multiple 8 from stride x 1
   symbol n in -3..7 from scalar start
@@ -77,7 +77,7 @@ EVERYTHING = '''program everything
     repeat inner 1
       extern e2: (_) = aten.relu.default(w)
   outputs y, x
-'''
+"""
 
 
 def test_every_form_round_trips() -> None:

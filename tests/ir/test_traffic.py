@@ -63,7 +63,10 @@ def touched(program: Program) -> tuple[int, int]:
         ("i < s, j < 6, k < 4", "a: f32 = load x[i, 4*j + k]\nstore y[i, 0] = a"),
         ("i < s, j < 24", "a: f32 = load x[0, j]\nstore y[i, j] = a"),
         ("i < s, j < 24", "p: i64 = index j - 4\nq: b1 = ge p, 0\na: f32 = load x[i, j - 4] if q else 0.0\nstore y[i, j] = a"),
-        ("i < 2*s, j < 24", "p: i64 = index i\nq: b1 = lt p, s_\na: f32 = load x[i, j] if q else 0.0\nstore z[i, j] = a".replace("s_", "3")),
+        (
+            "i < 2*s, j < 24",
+            "p: i64 = index i\nq: b1 = lt p, s_\na: f32 = load x[i, j] if q else 0.0\nstore z[i, j] = a".replace("s_", "3"),
+        ),
         ("i < 16, j < m", "a: f16 = load h[i, j]\nstore.add h[i, j] = a"),
         ("i < s", "a: f32 = load x[i, 0]\nb: f32 = load x[i, 3]\nstore y[i, 1] = a\nstore y[i, 2] = b"),
     ],

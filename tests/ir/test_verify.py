@@ -51,12 +51,36 @@ GOOD = """program p
 """
 
 BROKEN = {
-    "unique-names": [("buffer t: i64", "buffer x: i64"), ("p: i64 = index", "e: i64 = index"), ("kernel k1", "kernel k0"), ("{i < n}", "{m < n}")],
-    "buffer-declared": [("outputs y, x", "outputs y, zz"), ("load w[", "load ww["), ("relu_.default(c)", "relu_.default(cc)"), ("dim x 0", "dim xx 0")],
-    "declared-well": [("y: f32[2*n, m]", "y: f32[2*k, m]"), ("f: f32[n, m]", "f: f33[n, m]"), ("h: f32[n, m] temp", "h: f32[n, m] temp strides(1)")],
+    "unique-names": [
+        ("buffer t: i64", "buffer x: i64"),
+        ("p: i64 = index", "e: i64 = index"),
+        ("kernel k1", "kernel k0"),
+        ("{i < n}", "{m < n}"),
+    ],
+    "buffer-declared": [
+        ("outputs y, x", "outputs y, zz"),
+        ("load w[", "load ww["),
+        ("relu_.default(c)", "relu_.default(cc)"),
+        ("dim x 0", "dim xx 0"),
+    ],
+    "declared-well": [
+        ("y: f32[2*n, m]", "y: f32[2*k, m]"),
+        ("f: f32[n, m]", "f: f33[n, m]"),
+        ("h: f32[n, m] temp", "h: f32[n, m] temp strides(1)"),
+    ],
     "alias-declared": [("alias c + 0", "alias d + 0"), ("v: f32[m] state", "v: f16[m] state"), ("alias c", "alias v")],
-    "symbol-in-range": [("in 1..64 from", "in 9..8 from"), ("in 8..64 multiple 8", "in 9..15 multiple 8"), ("dim x 1", "dim x 2"), ("dim x 1", "scalar x")],
-    "repeat-bindings": [("f = (h, h)", "f = (h, h, h)"), ("f = (h, h)", "f = (h, y)"), ("f = (h, h)", "g = (h, h)"), ("f = (h, h)", "f = (h, z)")],
+    "symbol-in-range": [
+        ("in 1..64 from", "in 9..8 from"),
+        ("in 8..64 multiple 8", "in 9..15 multiple 8"),
+        ("dim x 1", "dim x 2"),
+        ("dim x 1", "scalar x"),
+    ],
+    "repeat-bindings": [
+        ("f = (h, h)", "f = (h, h, h)"),
+        ("f = (h, h)", "f = (h, y)"),
+        ("f = (h, h)", "g = (h, h)"),
+        ("f = (h, h)", "f = (h, z)"),
+    ],
     "ssa-defined": [("add e, g", "add z, g"), ("if q else", "if qq else"), ("y[i, j] = z", "y[i, j] = zz")],
     "reduce-before-use": [("    s: f32 = sum a over r\n    b: f32 = mul a, s", "    b: f32 = mul a, s\n    s: f32 = sum a over r")],
     "axis-bound": [("sum a over r", "sum a over q"), ("load x[i, r]", "load x[i, q]"), ("{r < m}", "{r < i}"), ("{r < m}", "{r < k}")],
@@ -75,7 +99,12 @@ BROKEN = {
         ("store y[i, j] = z", "store y[i, j] = p"),
         ("store y[i, j] = z", "store y[e, j] = z"),
     ],
-    "literal-fits": [("else 0.0", "else true"), ("ge p, 0", "ge p, 0.5"), ("add u, 1.0", "add u, false"), ("ge p, 0", "ge p, 9223372036854775808")],
+    "literal-fits": [
+        ("else 0.0", "else true"),
+        ("ge p, 0", "ge p, 0.5"),
+        ("add u, 1.0", "add u, false"),
+        ("ge p, 0", "ge p, 9223372036854775808"),
+    ],
     "reduce-axis-kind": [
         ("reduce {r < m}", "parallel {r < m}"),
         ("    s: f32 = sum a over r\n    b: f32 = mul a, s", "    b: f32 = mul a, a"),
@@ -101,13 +130,34 @@ BROKEN = {
         ("    u: f32 = load c[i, j]\n    o: f32 = add u, 1.0\n    store c[i, j] = o", "    store c[i, j] = e\n    u: f32 = load c[i, j]"),
         ("u: f32 = load c[i, j]\n    o: f32 = add u, 1.0\n    store c[i, j] = o", "u: f32 = load v[j]\n    store v[j] = u"),
     ],
-    "state-write-allowed": [("store c[i, j] = o", "store.add one[j] = o"), ("store h[i, r]", "store x[i, r]"), ("default(c) mutates(c)", "default(w) mutates(w)")],
-    "extern-dependence-complete": [("mutates(c)", ""), ("mutates(c)", "mutates(c, x)"), ("e0: ()", "e0: (c)"), ('"state:c"', '"state"'), ('"state:c"', '"random"')],
-    "write-before-read": [("f = (h, h)", "f = (h, f)"), ("e: f32 = load x[d, j]", "e: f32 = load f[d, j]"), ("store h[i, r]", "store.add h[i, r]")],
+    "state-write-allowed": [
+        ("store c[i, j] = o", "store.add one[j] = o"),
+        ("store h[i, r]", "store x[i, r]"),
+        ("default(c) mutates(c)", "default(w) mutates(w)"),
+    ],
+    "extern-dependence-complete": [
+        ("mutates(c)", ""),
+        ("mutates(c)", "mutates(c, x)"),
+        ("e0: ()", "e0: (c)"),
+        ('"state:c"', '"state"'),
+        ('"state:c"', '"random"'),
+    ],
+    "write-before-read": [
+        ("f = (h, h)", "f = (h, f)"),
+        ("e: f32 = load x[d, j]", "e: f32 = load f[d, j]"),
+        ("store h[i, r]", "store.add h[i, r]"),
+    ],
     "output-defined": [("outputs y", "outputs f")],
     "numerics-explicit": [("eager", "quick"), ("acc=f32", "acc=bf16")],
-    "schedule-fits": [("lane=r", "lane=q"), ("tiles(r=64)", "tiles(q=64)"), ("r=64", "r=0"), ("loop()", "loop(j)"), ("warps=4", "warps=0"), ("r=64", "r=64, r=2")],
-}  # fmt: skip
+    "schedule-fits": [
+        ("lane=r", "lane=q"),
+        ("tiles(r=64)", "tiles(q=64)"),
+        ("r=64", "r=0"),
+        ("loop()", "loop(j)"),
+        ("warps=4", "warps=0"),
+        ("r=64", "r=64, r=2"),
+    ],
+}
 
 
 def test_the_good_program_passes() -> None:

@@ -51,9 +51,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
         for kernel in kernels_of(program):
             isolated = isolate(program, kernel)
             calls[kernel.name] = (isolated, digest(isolated.program))
-        source = {
-            d: f"void ft_{d[:16]}(void *const *b, const int64_t *n) {{ {bodies[name]} }}" for name, (_, d) in calls.items()
-        }
+        source = {d: f"void ft_{d[:16]}(void *const *b, const int64_t *n) {{ {bodies[name]} }}" for name, (_, d) in calls.items()}
         return launch_list(program, calls), compile_c("\n".join(source.values()), tmp_path_factory.mktemp("c"))
 
     return make

@@ -13,10 +13,12 @@ from flagtree.runtime.index import compile_index, evaluate, row_major, same_stri
 NAMES = ("s0", "s1", "k")
 indices = st.recursive(
     st.integers(0, 40).map(Index.of) | st.sampled_from(NAMES).map(Index.of),
-    lambda inner: st.tuples(inner, inner).map(lambda p: p[0] + p[1])
-    | st.tuples(inner, inner).map(lambda p: p[0] * p[1])
-    | st.tuples(inner, st.integers(1, 9)).map(lambda p: p[0] // p[1])
-    | st.tuples(inner, st.integers(1, 9)).map(lambda p: p[0] % p[1]),
+    lambda inner: (
+        st.tuples(inner, inner).map(lambda p: p[0] + p[1])
+        | st.tuples(inner, inner).map(lambda p: p[0] * p[1])
+        | st.tuples(inner, st.integers(1, 9)).map(lambda p: p[0] // p[1])
+        | st.tuples(inner, st.integers(1, 9)).map(lambda p: p[0] % p[1])
+    ),
     max_leaves=10,
 )
 
@@ -29,7 +31,9 @@ def test_it_is_the_ir_s_value(index: Index, values: tuple[int, ...]) -> None:
     assert symbols_of(json) == index.names()
 
 
-@pytest.mark.parametrize("json", [None, True, 1.5, "__import__", [], ["+"], ["+", 1], ["-", 1, 2], ["//", 1, 2, 3], {"a": 1}, ["+", ["x"], 1]])
+@pytest.mark.parametrize(
+    "json", [None, True, 1.5, "__import__", [], ["+"], ["+", 1], ["-", 1, 2], ["//", 1, 2, 3], {"a": 1}, ["+", ["x"], 1]]
+)
 def test_other_forms_are_refused(json: object) -> None:
     with pytest.raises(BundleError):
         compile_index(json, {"s0": 0})

@@ -357,16 +357,15 @@ def test_views_of_inputs_and_of_results_and_mutation(build: Build) -> None:
 
 def _with_extern(callee: str, args: list, *, outputs: list | None = None, strides: object = None, **step: object) -> dict:
     buffer = {"dtype": "f32", "shape": [2, 3], "strides": None, "role": "input", "alias": None}
+    call = {"extern": callee, "name": "e", "args": args, "kwargs": {}, "outputs": ["y"] if outputs is None else outputs}
     return {
         "format": 1,
         "name": "one",
         "symbols": [],
         "buffers": [{**buffer, "name": "x"}, {**buffer, "name": "y", "role": "temp", "strides": strides}],
         "outputs": ["y"],
-        "steps": [
-            {"extern": callee, "name": "e", "args": args, "kwargs": {}, "outputs": ["y"] if outputs is None else outputs, "mutates": [], "reason": "", **step}
-        ],
-    }  # fmt: skip
+        "steps": [{**call, "mutates": [], "reason": "", **step}],
+    }
 
 
 X = {"buffer": "x"}
@@ -435,7 +434,12 @@ program views
     run.call([torch.randn(2, 3)])
     assert torch.equal(y, x.t())
     # an operator that returns its operand against its schema: still not the arena
-    silent = executable(build(text.replace("aten.t.default(t)", "aten.dropout.default(t, 0.5, false)").replace("[3, 2] temp strides(1, 3)", "[2, 3] temp"), {"k0": COPY.format(n="6", f="x[i]")}))
+    silent = executable(
+        build(
+            text.replace("aten.t.default(t)", "aten.dropout.default(t, 0.5, false)").replace("[3, 2] temp strides(1, 3)", "[2, 3] temp"),
+            {"k0": COPY.format(n="6", f="x[i]")},
+        )
+    )
     (y,) = silent.call([x])
     silent.call([torch.randn(2, 3)])
     assert torch.equal(y, x)
@@ -470,7 +474,12 @@ program lives
   outputs y
 """
     add = COPY.format(n="4096", f="x[i] + 1")
-    bodies = {"k0": COPY.format(n="4096", f="x[i]"), "k1": add, "k2": add, "k3": "float *d = b[0], *e = b[1], *y = b[2]; for (int i = 0; i < 4096; i++) y[i] = d[i] + e[i];"}
+    bodies = {
+        "k0": COPY.format(n="4096", f="x[i]"),
+        "k1": add,
+        "k2": add,
+        "k3": "float *d = b[0], *e = b[1], *y = b[2]; for (int i = 0; i < 4096; i++) y[i] = d[i] + e[i];",
+    }
     x = torch.randn(4096)
     torch.testing.assert_close(executable(build(text, bodies)).call([x])[0], 2 * x + 2)
 
@@ -531,6 +540,7 @@ def _change(path: list, value: object) -> Callable[[dict], None]:
     return apply
 
 
+KERNEL = {"kernel": "0" * 64, "name": "k", "buffers": ["x", "y"], "writes": [1], "symbols": []}
 BAD = {
     "format": _change(["format"], 2),
     "no steps": lambda launch: launch.pop("steps"),
@@ -549,8 +559,8 @@ BAD = {
     "unwritten output": _change(["steps"], []),
     "symbol": _change(["symbols"], [{"name": "s", "min": 0, "max": 9, "multiple": 1, "source": ["env", "HOME"]}]),
     "symbol rank": _change(["symbols"], [{"name": "s", "min": 0, "max": 9, "multiple": 1, "source": ["dim", "x", 7]}]),
-    "huge repeat": _change(["steps"], [{"repeat": 10**9, "bindings": {}, "steps": [{"kernel": "0" * 64, "name": "k", "buffers": [], "writes": [], "symbols": []}]}]),
-    "kernel without library": _change(["steps"], [{"kernel": "0" * 64, "name": "k", "buffers": ["x", "y"], "writes": [1], "symbols": []}]),
+    "huge repeat": _change(["steps"], [{"repeat": 10**9, "bindings": {}, "steps": [{**KERNEL, "buffers": [], "writes": []}]}]),
+    "kernel without library": _change(["steps"], [KERNEL]),
 }  # fmt: skip
 
 
@@ -599,7 +609,12 @@ def test_the_time_of_one_launch(build: Build) -> None:
 
     lines, bodies, last = ["program time", "  buffer x: f32[64] input"], {}, "x"
     for i in range(10):
-        lines += [f"  buffer t{i}: f32[64] temp", f"  kernel k{i} {{i0 < 64}}", f"    v0: f32 = load {last}[i0]", f"    store t{i}[i0] = v0"]
+        lines += [
+            f"  buffer t{i}: f32[64] temp",
+            f"  kernel k{i} {{i0 < 64}}",
+            f"    v0: f32 = load {last}[i0]",
+            f"    store t{i}[i0] = v0",
+        ]
         bodies[f"k{i}"], last = COPY.format(n="64", f="x[i]"), f"t{i}"
     launch, library = build("\n".join([*lines, f"  outputs {last}\n"]), bodies)
     run, x = executable((launch, library)), torch.randn(64)

@@ -104,7 +104,7 @@ def test_a_bundle_runs_and_writes_its_states_in_place(write: Write, tmp_path: Pa
     bound = part.bind(w := weights())
     for batch, context, pos in ((1, 8, 0), (8, 64, 63), (3, 16, 5)):
         given = inputs(batch, context, pos)
-        for run in (bound, lambda t: part({**w, **t})):  # noqa: B023
+        for run in (bound, lambda t: part({**w, **t})):
             given["cache"].zero_()
             out = run(given)
             h = given["x"] * w["scale"]

@@ -21,7 +21,9 @@ def norm_residual(x, r, w, y, stride, eps, N, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     m = cols < N
-    h = tl.load(x + row * stride + cols, mask=m, other=0.0).to(tl.float32) + tl.load(r + row * stride + cols, mask=m, other=0.0).to(tl.float32)
+    h = tl.load(x + row * stride + cols, mask=m, other=0.0).to(tl.float32) + tl.load(r + row * stride + cols, mask=m, other=0.0).to(
+        tl.float32
+    )
     h = h.to(tl.bfloat16).to(tl.float32)
     tl.store(r + row * stride + cols, h.to(tl.bfloat16), mask=m)
     inv = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(h * h, axis=0) / N + eps))
@@ -111,8 +113,12 @@ def product(a, b, c, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
 
 # name: (kernel, signature, constexprs, warps, grid argument positions promised to be multiples of 16)
 KERNELS = {
-    "norm_residual": (norm_residual, {"x": "*bf16", "r": "*bf16", "w": "*bf16", "y": "*bf16", "stride": "i32", "eps": "fp32", "N": "i32"},
-                      {"BLOCK": 1024}, 4),
+    "norm_residual": (
+        norm_residual,
+        {"x": "*bf16", "r": "*bf16", "w": "*bf16", "y": "*bf16", "stride": "i32", "eps": "fp32", "N": "i32"},
+        {"BLOCK": 1024},
+        4,
+    ),
     "silu_mul": (silu_mul, {"x": "*bf16", "y": "*bf16", "D": "i32"}, {"BLOCK": 512}, 4),
     "sum_and_max": (sum_and_max, {"x": "*fp32", "q": "*fp32"}, {"B": 512}, 4),
     "sum_and_max_f64": (sum_and_max, {"x": "*fp64", "q": "*fp64"}, {"B": 256}, 2),

@@ -140,7 +140,8 @@ CASES["silu_mul"] = Case(f"""program silu_mul
 """, [(0, 5), (1, 1), (3, 333), (2, 12288)], lambda d, s: {"x": _randn(d, s[0], 2 * s[1])},
     lambda g: {"y": torch.nn.functional.silu(g["x"].chunk(2, -1)[0]) * g["x"].chunk(2, -1)[1]})  # fmt: skip
 
-CASES["softmax"] = Case(f"""program softmax
+CASES["softmax"] = Case(
+    f"""program softmax
   symbol s0 in 0..64 from dim x 0
   symbol s1 in 1..40960 from dim x 1
   buffer x: D[s0, s1] input
@@ -156,7 +157,11 @@ CASES["softmax"] = Case(f"""program softmax
     a7: D = cast a6
     store y[i0, r0] = a7
   outputs y
-""", [(0, 3), (1, 1), (3, 77), (2, 5001)], lambda d, s: {"x": _randn(d, *s) * 4}, lambda g: {"y": g["x"].softmax(-1)})
+""",
+    [(0, 3), (1, 1), (3, 77), (2, 5001)],
+    lambda d, s: {"x": _randn(d, *s) * 4},
+    lambda g: {"y": g["x"].softmax(-1)},
+)
 
 CASES["layer_norm"] = Case(f"""program layer_norm
   symbol s0 in 1..4096 from dim x 0
@@ -205,10 +210,12 @@ CASES["concatenate"] = Case(f"""program concatenate
     a2: D = where m0, a0, a1
     store y[i0, i1] = a2
   outputs y
-""", [(1, 1, 1), (3, 0, 5), (2, 7, 0), (5, 130, 67), (2, 1024, 1500)], lambda d, s: {"x": _randn(d, s[0], s[1]), "z": _randn(d, s[0], s[2])},
+""", [(1, 1, 1), (3, 0, 5), (2, 7, 0), (5, 130, 67), (2, 1024, 1500)],
+    lambda d, s: {"x": _randn(d, s[0], s[1]), "z": _randn(d, s[0], s[2])},
     lambda g: {"y": torch.cat([g["x"], g["z"]], 1)}, exact=True)  # fmt: skip
 
-CASES["gather"] = Case(f"""program gather
+CASES["gather"] = Case(
+    f"""program gather
   symbol s0 in 0..4096 from dim t 0
   buffer t: i64[s0] input
   buffer x: D[300, 96] weight
@@ -218,9 +225,15 @@ CASES["gather"] = Case(f"""program gather
     a0: D = load x[t0, i1]
     store y[i0, i1] = a0
   outputs y
-""", [(0,), (1,), (37,)], lambda d, s: {"t": torch.randint(0, 300, s), "x": _randn(d, 300, 96)}, lambda g: {"y": g["x"][g["t"]]}, exact=True)
+""",
+    [(0,), (1,), (37,)],
+    lambda d, s: {"t": torch.randint(0, 300, s), "x": _randn(d, 300, 96)},
+    lambda g: {"y": g["x"][g["t"]]},
+    exact=True,
+)
 
-CASES["argmax"] = Case(f"""program argmax
+CASES["argmax"] = Case(
+    f"""program argmax
   symbol s0 in 1..64 from dim x 0
   symbol s1 in 1..40960 from dim x 1
   buffer x: D[s0, s1] input
@@ -233,9 +246,15 @@ CASES["argmax"] = Case(f"""program argmax
     store y[i0] = j
     store v[i0] = m
   outputs y, v
-""", [(1, 1), (4, 100), (2, 3001)], lambda d, s: {"x": _randn(d, *s).round()}, lambda g: {"y": g["x"].argmax(1), "v": g["x"].amax(1)}, exact=True)
+""",
+    [(1, 1), (4, 100), (2, 3001)],
+    lambda d, s: {"x": _randn(d, *s).round()},
+    lambda g: {"y": g["x"].argmax(1), "v": g["x"].amax(1)},
+    exact=True,
+)
 
-CASES["cumulative_sum"] = Case(f"""program cumulative_sum
+CASES["cumulative_sum"] = Case(
+    f"""program cumulative_sum
   symbol s0 in 1..64 from dim x 0
   buffer x: D[s0, 300] input
   buffer y: f32[s0, 300] temp
@@ -245,7 +264,11 @@ CASES["cumulative_sum"] = Case(f"""program cumulative_sum
     a2: f32 = scan.sum a1 over r0
     store y[i0, r0] = a2
   outputs y
-""", [(1,), (5,)], lambda d, s: {"x": _randn(d, s[0], 300)}, lambda g: {"y": (g["x"] if g["x"].dtype == torch.float64 else g["x"].float()).cumsum(1)})
+""",
+    [(1,), (5,)],
+    lambda d, s: {"x": _randn(d, s[0], 300)},
+    lambda g: {"y": (g["x"] if g["x"].dtype == torch.float64 else g["x"].float()).cumsum(1)},
+)
 
 CASES["cache_write"] = Case(f"""program cache_write
   symbol s0 in 1..40960 from dim x 0
@@ -262,7 +285,8 @@ CASES["cache_write"] = Case(f"""program cache_write
     lambda d, s: {"x": _randn(d, s[0], 4, 64), "p": torch.randperm(s[1])[: s[0]], "c": _randn(d, 4, s[1], 64)},
     lambda g: {"c": g["c"].index_copy(1, g["p"], g["x"].transpose(0, 1))}, exact=True)  # fmt: skip
 
-CASES["column_sum"] = Case(f"""program column_sum
+CASES["column_sum"] = Case(
+    f"""program column_sum
   symbol s0 in 1..40960 from dim x 0
   buffer x: D[s0, 200] input
   buffer y: f32[200] temp
@@ -272,10 +296,15 @@ CASES["column_sum"] = Case(f"""program column_sum
     a2: f32 = sum a1 over r0
     store y[i0] = a2
   outputs y
-""", [(1,), (300,)], lambda d, s: {"x": _randn(d, s[0], 200)}, lambda g: {"y": (g["x"] if g["x"].dtype == torch.float64 else g["x"].float()).sum(0)})
+""",
+    [(1,), (300,)],
+    lambda d, s: {"x": _randn(d, s[0], 200)},
+    lambda g: {"y": (g["x"] if g["x"].dtype == torch.float64 else g["x"].float()).sum(0)},
+)
 
 # the flat offset can pass 2^31: the generator computes it in 64 bits; rows are far apart, so that a 32-bit offset would wrap
-CASES["far_rows"] = Case(f"""program far_rows
+CASES["far_rows"] = Case(
+    f"""program far_rows
   symbol s0 in 1..100000 from dim x 0
   buffer x: D[s0, 100000] input
   buffer y: D[s0] temp
@@ -284,4 +313,9 @@ CASES["far_rows"] = Case(f"""program far_rows
     a1: D = neg a0
     store y[i0] = a1
   outputs y
-""", [(1,), (6,)], lambda d, s: {"x": _randn(d, s[0], 1).expand(s[0], 100000).contiguous()}, lambda g: {"y": -g["x"][:, -1]}, exact=True)
+""",
+    [(1,), (6,)],
+    lambda d, s: {"x": _randn(d, s[0], 1).expand(s[0], 100000).contiguous()},
+    lambda g: {"y": -g["x"][:, -1]},
+    exact=True,
+)

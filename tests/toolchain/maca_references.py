@@ -39,8 +39,8 @@ def check(name: str, text: str, shared: int, order: str = "forward") -> emulator
     def launch(grid: tuple[int, ...], *arguments: object) -> emulator.Run:
         return kernel.run(grid, warps, arguments, order=order, shared=shared)  # type: ignore[arg-type]
 
-    return CHECKS[name.removesuffix("_f64").removesuffix("_i64")](launch, {"sum_and_max_f64": torch.float64, "sum_and_max_i64": torch.int64}.get(
-        name, torch.float32))  # fmt: skip
+    dtype = {"sum_and_max_f64": torch.float64, "sum_and_max_i64": torch.int64}.get(name, torch.float32)
+    return CHECKS[name.removesuffix("_f64").removesuffix("_i64")](launch, dtype)
 
 
 Launch = Callable[..., emulator.Run]
@@ -119,7 +119,9 @@ def functions(launch: Launch, _: torch.dtype) -> emulator.Run:
         if i == 8:  # tl.clamp does not promise to propagate NaN
             row[5] = q[8, 5]
         exact = i in (0, 3, 4, 5, 7, 8, 11)
-        torch.testing.assert_close(q[i], row, rtol=0 if exact else 3e-7, atol=0 if exact else 3e-7, equal_nan=True, msg=lambda m, i=i: f"row {i}: {m}")
+        torch.testing.assert_close(
+            q[i], row, rtol=0 if exact else 3e-7, atol=0 if exact else 3e-7, equal_nan=True, msg=lambda m, i=i: f"row {i}: {m}"
+        )
     return run
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+from flagtree.codegen.triton import generate
 from flagtree.errors import FlagtreeError
 from flagtree.ir import interp
 from flagtree.ir.canonical import Isolated, digest, isolate
@@ -17,7 +20,7 @@ from flagtree.ir.text import parse_program
 from flagtree.targets import find_target
 from flagtree.toolchain import emulator, maca
 from flagtree.toolchain.base import BuiltKernel
-from flagtree.toolchain.triton_aot import workers
+from flagtree.toolchain.triton_aot import Workers, workers
 from tests.toolchain.maca_programs import CASES, Case, Tensors
 
 pytestmark = pytest.mark.skipif(bool(emulator.missing()), reason=emulator.missing())
@@ -101,7 +104,9 @@ def test_numbers_are_the_interpreters(built: dict[tuple[str, str], BuiltKernel],
 
 def test_what_a_build_says(built: dict[tuple[str, str], BuiltKernel]) -> None:
     for kernel in built.values():
-        assert kernel.tier == "llir" and "MACA_PATH" in kernel.missing and "mxcc" in kernel.missing and "never on a device" in kernel.missing
+        assert (
+            kernel.tier == "llir" and "MACA_PATH" in kernel.missing and "mxcc" in kernel.missing and "never on a device" in kernel.missing
+        )
         assert set(kernel.files) == {"kernel.py", *(f"{v}.{stage}" for v in ("aligned", "generic") for stage in ("ttir", "llir"))}
         launch = kernel.launch
         assert launch["threads"] == 64 * launch["warps"] <= 512  # type: ignore[operator]
@@ -131,14 +136,17 @@ def survives(name: str, dtype: str, kernel: BuiltKernel) -> bool:
     return True
 
 
-def rebuilt(kernel: BuiltKernel, name: str, dtype: str, text: str) -> BuiltKernel:
-    """The kernel from changed Triton source, through the same toolchain."""
-    from flagtree.codegen.triton import generate
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Workers]:
+    with workers(1) as running:
+        yield running
 
+
+def rebuilt(pool: Workers, kernel: BuiltKernel, name: str, dtype: str, text: str) -> BuiltKernel:
+    """The kernel from changed Triton source, through the same toolchain."""
     program = isolated(name, dtype).program
     source = dataclasses.replace(generate(program, kernel.digest, find_target("metax")), text=text)
-    with workers(1) as pool:
-        return maca.build_sources([(kernel.digest, source)], find_target("metax"), pool)[0]
+    return maca.build_sources([(kernel.digest, source)], find_target("metax"), pool)[0]
 
 
 @pytest.mark.parametrize("name", ["rms_norm", "residual_norm", "softmax", "argmax", "layer_norm"])
@@ -156,18 +164,18 @@ def test_deleting_any_barrier_that_orders_a_reduction_is_seen(built: dict[tuple[
 
 
 @pytest.mark.parametrize("name", ["rms_norm_odd", "softmax", "silu_mul", "concatenate", "layer_norm"])
-def test_deleting_any_mask_is_seen(built: dict[tuple[str, str], BuiltKernel], name: str) -> None:
+def test_deleting_any_mask_is_seen(pool: Workers, built: dict[tuple[str, str], BuiltKernel], name: str) -> None:
     kernel = built[name, "f32"]
     text = kernel.files["kernel.py"].decode()
     masks = list(re.finditer(r", mask=.*?(?=\)$)", text, re.MULTILINE))
     assert masks
     for mask in masks:
         broken = text[: mask.start()] + text[mask.end() :]
-        assert not survives(name, "f32", rebuilt(kernel, name, "f32", broken)), f"nobody missed {mask[0]}"
+        assert not survives(name, "f32", rebuilt(pool, kernel, name, "f32", broken)), f"nobody missed {mask[0]}"
 
 
 @pytest.mark.parametrize("name", ["residual_norm", "rotary_norm"])
-def test_deleting_a_rounding_is_seen(built: dict[tuple[str, str], BuiltKernel], name: str) -> None:
+def test_deleting_a_rounding_is_seen(pool: Workers, built: dict[tuple[str, str], BuiltKernel], name: str) -> None:
     """The interpreter's bits are the measure: a value that eager rounds to bf16 must be rounded where the next op is fused."""
     kernel = built[name, "bf16"]
     text = kernel.files["kernel.py"].decode()
@@ -175,13 +183,13 @@ def test_deleting_a_rounding_is_seen(built: dict[tuple[str, str], BuiltKernel], 
     torch.manual_seed(2)
     given = case.given(torch.bfloat16, size)
     good = execute(kernel, part, "generic", given, size)
-    expected = {n: interp_bits for n, interp_bits in case.eager(given).items()}
+    expected = dict(case.eager(given))
     wrong = {n: (good[n] != e).float().mean().item() for n, e in expected.items()}
     assert max(wrong.values()) < 0.005
     roundings = [m for m in re.finditer(r"\.to\(tl\.bfloat16\)", text) if not text[m.end() :].startswith("\n    tl.store")]
     seen = 0
     for match in roundings:
-        broken = rebuilt(kernel, name, "bf16", text[: match.start()] + ".to(tl.float32)" + text[match.end() :])
+        broken = rebuilt(pool, kernel, name, "bf16", text[: match.start()] + ".to(tl.float32)" + text[match.end() :])
         got = execute(broken, part, "generic", given, size)
         seen += any((got[n] != e).float().mean().item() > 0.02 for n, e in expected.items())
     assert seen >= 2, f"{seen} of {len(roundings)} missing roundings seen"
@@ -201,8 +209,6 @@ def test_fifteen_kernels_cost_little(built: dict[tuple[str, str], BuiltKernel]) 
 
 def _cpu(session: emulator.Session) -> tuple[float, float]:
     """Seconds of user and system time of the emulator's process and its children."""
-    from pathlib import Path
-
     fields = Path(f"/proc/{session._process.pid}/stat").read_text().rsplit(")", 1)[1].split()
     user, system, child_user, child_system = (int(f) / 100 for f in fields[11:15])
     return user + child_user, system + child_system

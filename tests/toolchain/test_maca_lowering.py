@@ -82,10 +82,23 @@ def test_llvm_19_parses_it(compiled: dict[str, tuple[str, int]], tmp_path: Path)
         pytest.skip("the wheel ziglang==0.14.1 (LLVM 19) is not installed")
     for name, (text, _) in compiled.items():
         text = text.replace("metaxgpu_kernel ", "").replace('target triple = "mxc-metax-macahca"\n', "")
-        text = re.sub(r'target datalayout = .*\n', "", re.sub(r' "target-(?:cpu|features)"="[^"]*"', "", text))
+        text = re.sub(r"target datalayout = .*\n", "", re.sub(r' "target-(?:cpu|features)"="[^"]*"', "", text))
         path = tmp_path / f"{name}.ll"
         path.write_text(text)
-        command = [sys.executable, "-m", "ziglang", "clang", "-cc1", "-triple", "x86_64-unknown-linux-gnu", "-x", "ir", "-emit-llvm", "-o", os.devnull]
+        command = [
+            sys.executable,
+            "-m",
+            "ziglang",
+            "clang",
+            "-cc1",
+            "-triple",
+            "x86_64-unknown-linux-gnu",
+            "-x",
+            "ir",
+            "-emit-llvm",
+            "-o",
+            os.devnull,
+        ]
         done = subprocess.run([*command, str(path)], capture_output=True, text=True)
         assert done.returncode == 0, f"{name}: {done.stderr}"
 
@@ -102,7 +115,7 @@ def test_registration_leaves_a_vendors_backend_alone(monkeypatch: pytest.MonkeyP
     assert backends["maca"] is vendor
     monkeypatch.delitem(backends, "maca")
     monkeypatch.setattr(triton, "__version__", "3.11.0")
-    with pytest.raises(ToolchainError, match="not tested with Triton 3.11.0"):
+    with pytest.raises(ToolchainError, match=r"not tested with Triton 3\.11\.0"):
         maca_backend.register()
     assert "maca" not in backends
 

@@ -30,7 +30,27 @@ template <class F, class V, class T> INLINE V lane_by_lane(F f, V x, V y, T *) {
 INLINE f32v power_of_two(i32v n) { return floats((n + 127) << 23); }
 //@ times_power_of_two
 // x * 2^n for -252 <= n <= 254, in two steps so that subnormal results round once
-INLINE f32v times_power_of_two(f32v x, i32v n) { i32v h = n >> 1; return x * power_of_two(h) * power_of_two(n - h); }
+INLINE f32v times_power_of_two(f32v x, i32v n) {
+#if X86_BUILTINS && NATIVE_BYTES == 64 && WIDEST_BYTES == 4
+  return (f32v)__builtin_ia32_scalefps512_mask(x, to_f32(n), f32v{}, -1, 4);
+#else
+  i32v h = n >> 1;
+  return x * power_of_two(h) * power_of_two(n - h);
+#endif
+}
+//@ clamp
+// between low and high; a NaN stays
+INLINE f32v clamp(f32v x, f32 low, f32 high) {
+#if X86_BUILTINS && NATIVE_BYTES == 64 && WIDEST_BYTES == 4
+  x = (f32v)__builtin_ia32_minps512_mask(splat(high), x, f32v{}, -1, 4);
+  return (f32v)__builtin_ia32_maxps512_mask(splat(low), x, f32v{}, -1, 4);
+#elif X86_BUILTINS && NATIVE_BYTES == 32 && WIDEST_BYTES == 4
+  return __builtin_ia32_maxps256(splat(low), __builtin_ia32_minps256(splat(high), x));
+#else
+  x = x > high ? splat(high) : x;
+  return x < low ? splat(low) : x;
+#endif
+}
 //@ exp_reduced
 // x = n * ln 2 + r with |r| <= ln(2) / 2, and (exp(r) - 1 - r) / r^2
 struct exp_reduction { f32v r, tail; i32v n; };
@@ -46,14 +66,14 @@ INLINE exp_reduction exp_reduced(f32v x) {
 }
 //@ exp_of
 INLINE f32v exp_of(f32v x) {
-  x = x > 89.f ? splat(89.f) : x < -104.f ? splat(-104.f) : x;
+  x = clamp(x, -104.f, 89.f);
   exp_reduction e = exp_reduced(x);
   return times_power_of_two(e.tail * (e.r * e.r) + e.r + 1.f, e.n);
 }
 INLINE f64v exp_of(f64v x) { return lane_by_lane([](f64 t) { return __builtin_exp(t); }, x); }
 //@ exp2_of
 INLINE f32v exp2_of(f32v x) {
-  x = x > 129.f ? splat(129.f) : x < -151.f ? splat(-151.f) : x;
+  x = clamp(x, -151.f, 129.f);
   f32v shifted = x + 12582912.f, r = x - (shifted - 12582912.f);
   f32v p = 1.535336188319500e-4f * r + 1.339887440266574e-3f;
   p = p * r + 9.618437357674640e-3f;
@@ -65,8 +85,7 @@ INLINE f32v exp2_of(f32v x) {
 INLINE f64v exp2_of(f64v x) { return lane_by_lane([](f64 t) { return __builtin_exp2(t); }, x); }
 //@ expm1_of
 INLINE f32v expm1_of(f32v x) {
-  f32v c = x > 89.f ? splat(89.f) : x < -18.f ? splat(-18.f) : x;
-  exp_reduction e = exp_reduced(c);
+  exp_reduction e = exp_reduced(clamp(x, -18.f, 89.f));
   f32v less_one = e.tail * (e.r * e.r) + e.r, half = power_of_two(e.n - 1);
   f32v y = (half * less_one + (half - 0.5f)) * 2.f;
   return absolute(x) < 1e-4f ? x + 0.5f * x * x : y;

@@ -113,8 +113,8 @@ template <class V> INLINE welford_state<V> first_lane(welford_state<V> a) { retu
 template <class V> struct online_softmax_state { V peak, total; };
 template <class V> INLINE online_softmax_state<V> combine(online_softmax_state<V> a, online_softmax_state<V> b) {
   V peak = maximum(a.peak, b.peak);
-  V scale_a = a.peak == peak ? a.peak * 0 + 1 : exp_of(a.peak - peak);
-  V scale_b = b.peak == peak ? b.peak * 0 + 1 : exp_of(b.peak - peak);
+  V scale_a = a.peak == peak ? V{} + 1 : exp_of(a.peak - peak);
+  V scale_b = b.peak == peak ? V{} + 1 : exp_of(b.peak - peak);
   return {peak, a.total * scale_a + b.total * scale_b};
 }
 template <class V> INLINE online_softmax_state<V> keep(int n, online_softmax_state<V> a, online_softmax_state<V> b) {

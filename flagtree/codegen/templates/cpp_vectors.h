@@ -14,6 +14,12 @@ typedef float f32; typedef double f64;
 #else
 #define NATIVE_BYTES 16
 #endif
+// GCC's names of single instructions, used where plain vector code gives the same bits more slowly
+#if !defined(__clang__) && defined(__SSE4_1__)
+#define X86_BUILTINS 1
+#else
+#define X86_BUILTINS 0
+#endif
 enum : int { W = NATIVE_BYTES / WIDEST_BYTES, PARTS = PARTIALS / W };
 typedef f32 f32v __attribute__((vector_size(4 * W)));
 typedef i32 i32v __attribute__((vector_size(4 * W)));
@@ -92,18 +98,39 @@ INLINE i32v wrap_i16(i32v x) { return (x << 16) >> 16; }
 // to the nearest bf16, ties to even, kept as f32; a NaN stays a (quiet) NaN
 INLINE f32v round_bf16(f32v x) {
   u32v u = (u32v)x, r = (u + 0x7fff + (u >> 16 & 1)) & 0xffff0000;
-  return x == x ? (f32v)r : (f32v)(u | 0x400000) ;
+  return (f32v)(x == x ? r : u | 0x400000);
 }
 //@ round_f16
 // to the nearest f16, ties to even, kept as f32: by integers where the result is normal, by adding 0.5 (whose last bit is the
 // smallest f16) where it is subnormal
 INLINE f32v round_f16(f32v x) {
+#if X86_BUILTINS && NATIVE_BYTES == 64 && WIDEST_BYTES == 4
+  return (f32v)__builtin_ia32_vcvtph2ps512_mask(__builtin_ia32_vcvtps2ph512_mask(x, 0, i16v{}, -1), f32v{}, -1, 4);
+#elif X86_BUILTINS && NATIVE_BYTES == 32 && WIDEST_BYTES == 4
+  return (f32v)__builtin_ia32_vcvtph2ps256(__builtin_ia32_vcvtps2ph256(x, 0));
+#else
   u32v u = (u32v)x, sign = u & 0x80000000, a = u ^ sign;
   u32v normal = (a + 0xfff + (a >> 13 & 1)) & 0xffffe000;
   normal = normal > 0x477fe000 ? 0x7f800000 - u32v{} : normal;
   u32v tiny = (u32v)((f32v)a + 0.5f - 0.5f);
   u32v r = a < 0x38800000 ? tiny : a > 0x7f800000 ? a | 0x400000 : normal;
   return (f32v)(r | sign);
+#endif
+}
+//@ unsigned_of
+// 16 bits to 32; the compiler would split the widest vector in halves
+INLINE u32v unsigned_of(u16v x) {
+#if X86_BUILTINS && NATIVE_BYTES == 64 && WIDEST_BYTES == 4
+  return (u32v)__builtin_ia32_pmovzxwd512_mask((i16v)x, i32v{}, -1);
+#elif X86_BUILTINS && NATIVE_BYTES == 32 && WIDEST_BYTES == 4
+  return (u32v)__builtin_ia32_pmovzxwd256((i16v)x);
+#elif X86_BUILTINS && NATIVE_BYTES == 16 && WIDEST_BYTES == 4
+  typedef i64 pair __attribute__((vector_size(16)));
+  typedef i16 halves __attribute__((vector_size(16)));
+  return (u32v)__builtin_ia32_pmovzxwd128((halves)(pair){(i64)x, 0});
+#else
+  return __builtin_convertvector(x, u32v);
+#endif
 }
 //@ widen_f32 widen_bf16 widen_f16 widen_f64 widen_i64 widen_i32 widen_i16 widen_i8 widen_u8 widen_b1
 INLINE f32v widen_f32(f32v x) { return x; }
@@ -114,12 +141,18 @@ INLINE i32v widen_i16(i16v x) { return __builtin_convertvector(x, i32v); }
 INLINE i32v widen_i8(i8v x) { return __builtin_convertvector(x, i32v); }
 INLINE i32v widen_u8(u8v x) { return __builtin_convertvector(x, i32v); }
 INLINE i32v widen_b1(u8v x) { return __builtin_convertvector(x, i32v) != 0; }
-INLINE f32v widen_bf16(u16v x) { return (f32v)(__builtin_convertvector(x, u32v) << 16); }
+INLINE f32v widen_bf16(u16v x) { return (f32v)(unsigned_of(x) << 16); }
 INLINE f32v widen_f16(u16v x) {
-  u32v h = __builtin_convertvector(x, u32v), a = h & 0x7fff, sign = (h ^ a) << 16;
+#if X86_BUILTINS && NATIVE_BYTES == 64 && WIDEST_BYTES == 4
+  return (f32v)__builtin_ia32_vcvtph2ps512_mask((i16v)x, f32v{}, -1, 4);
+#elif X86_BUILTINS && NATIVE_BYTES == 32 && WIDEST_BYTES == 4
+  return (f32v)__builtin_ia32_vcvtph2ps256((i16v)x);
+#else
+  u32v h = unsigned_of(x), a = h & 0x7fff, sign = (h ^ a) << 16;
   u32v normal = (a << 13) + 0x38000000, special = (a << 13) | 0x7f800000;
   u32v tiny = (u32v)((f32v)(a | 0x3f000000) - 0.5f) ;  // 0.5 + a * 2^-24, less 0.5
-  return (f32v)(sign | (a < 0x400 ? tiny : a >= 0x7c00 ? special : normal));
+  return (f32v)(sign | (a < 0x400 ? tiny : a > 0x7c00 ? special | 0x400000 : a == 0x7c00 ? special : normal));
+#endif
 }
 //@ narrow_f32 narrow_bf16 narrow_f16 narrow_f64 narrow_i64 narrow_i32 narrow_i16 narrow_i8 narrow_u8 narrow_b1
 // what memory holds; the value has been rounded to the type before
@@ -133,10 +166,16 @@ INLINE u8v narrow_u8(i32v x) { return __builtin_convertvector(x, u8v); }
 INLINE u8v narrow_b1(i32v x) { return __builtin_convertvector(x & 1, u8v); }
 INLINE u16v narrow_bf16(f32v x) { return __builtin_convertvector((u32v)x >> 16, u16v); }
 INLINE u16v narrow_f16(f32v x) {
+#if X86_BUILTINS && NATIVE_BYTES == 64 && WIDEST_BYTES == 4
+  return (u16v)__builtin_ia32_vcvtps2ph512_mask(x, 0, i16v{}, -1);
+#elif X86_BUILTINS && NATIVE_BYTES == 32 && WIDEST_BYTES == 4
+  return (u16v)__builtin_ia32_vcvtps2ph256(x, 0);
+#else
   u32v u = (u32v)x, a = u & 0x7fffffff, sign = (u ^ a) >> 16;
   u32v tiny = (u32v)((f32v)a + 0.5f) & 0x7fff;
   u32v r = a < 0x38800000 ? tiny : a >= 0x7f800000 ? (a >> 13 & 0x3ff) | 0x7c00 : (a - 0x38000000) >> 13;
   return __builtin_convertvector(r | sign, u16v);
+#endif
 }
 //@ load
 // n of W lanes from consecutive elements, the others zero; never reads beyond them

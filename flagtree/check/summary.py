@@ -1,0 +1,127 @@
+"""Counting what a compiled part moves and launches: the rows of the report, from the program and what the toolchain told.
+
+Bytes before fusion come from the capture, call by call; bytes after from the loads and stores of each kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from flagtree.check.report import ExternRow, KernelRow, PartReport
+from flagtree.ir.program import Extern, Kernel, Program, Repeat, Step
+from flagtree.ir.traffic import ProgramTraffic, program_traffic
+
+
+@dataclass(frozen=True)
+class Built:
+    """What the toolchain told of one kernel: see toolchain/base.py."""
+
+    tier: str
+    missing: str
+    facts: Mapping[str, object]
+
+
+def part_report(
+    part: str,
+    target: str,
+    program: Program,
+    digests: Mapping[str, str],
+    built: Mapping[str, Built],
+    node_bytes: Mapping[str, int],
+    layer_bytes: int | None,
+    reference: Mapping[str, int],
+) -> PartReport:
+    """`program` at full depth; `digests`: kernel name to digest; `node_bytes`: bytes before fusion by graph node; `layer_bytes`: those of
+    one inner layer; `reference`: symbol values at which bytes are counted."""
+    traffic = program_traffic(program, reference)
+    moved = {s.name: s for s in traffic.steps}
+    weights = sum(b.role == "weight" and b.alias_of is None for b in program.buffers)
+    formals = {f for s in program.steps if isinstance(s, Repeat) for f, _ in s.bindings}
+    weights -= sum(program.buffer(f).role == "weight" for f in formals)
+    repeat = next((s for s in program.steps if isinstance(s, Repeat)), None)
+    return PartReport(
+        name=part,
+        target=target,
+        kernels=tuple(_kernel_rows(part, program, traffic, digests, built, node_bytes)),
+        externs=tuple(_extern_rows(part, program, traffic)),
+        launches_total=sum(s.launches for s in traffic.steps if s.kind != "extern"),
+        weights=weights,
+        launches_per_layer=len(repeat.body) if repeat else None,
+        bytes_before_per_layer=layer_bytes if repeat else None,
+        bytes_after_per_layer=sum(moved[s.name].bytes // repeat.count for s in repeat.body) if repeat else None,
+        symbols={s.name: (s.lo, s.hi, s.multiple) for s in program.symbols},
+        reference=dict(reference),
+    )
+
+
+def _steps(steps: tuple[Step, ...]) -> Iterator[Step]:
+    for step in steps:
+        yield from step.body if isinstance(step, Repeat) else (step,)
+
+
+def _kernel_rows(
+    part: str,
+    program: Program,
+    traffic: ProgramTraffic,
+    digests: Mapping[str, str],
+    built: Mapping[str, Built],
+    node_bytes: Mapping[str, int],
+) -> Iterator[KernelRow]:
+    """One row a digest; a call that two kernels recompute counts before fusion where it stands first."""
+    moved = {s.name: s for s in traffic.steps}
+    rows: dict[str, KernelRow] = {}
+    # what stays a call keeps its bytes, also where a kernel took over a part of it (the cache write of attention)
+    claimed = {o.node for s in _steps(program.steps) if isinstance(s, Extern) for o in s.origins}
+    for step in _steps(program.steps):
+        if not isinstance(step, Kernel):
+            continue
+        nodes = {o.node for o in step.origins} - claimed
+        claimed |= nodes
+        before, after = sum(node_bytes.get(n, 0) for n in nodes), moved[step.name]
+        digest, launches = digests[step.name], after.launches
+        known = rows.get(digest)
+        if known is not None:
+            launches, before = known.launches + launches, max(before, known.bytes_before)
+        told = built[digest]
+        rows[digest] = KernelRow(
+            name=known.name if known else label(step),
+            digest=digest,
+            part=part,
+            launches=launches,
+            ops=tuple(step.ops) if known is None else known.ops,
+            tier=told.tier,
+            missing=told.missing,
+            bytes_before=before,
+            bytes_after=after.bytes // after.launches,
+            registers=_fact(told.facts, "registers"),
+            spills=_fact(told.facts, "spills"),
+            shared=_fact(told.facts, "shared"),
+        )
+    yield from rows.values()
+
+
+def label(kernel: Kernel) -> str:
+    """What a reader calls a kernel: the module in which most of its work was traced, else its own name."""
+    leaves = [leaf for o in kernel.origins if (leaf := o.module.rsplit(".", 1)[-1]) and not leaf.isdigit()]
+    return max(leaves, key=leaves.count) if leaves else kernel.name
+
+
+def _fact(facts: Mapping[str, object], name: str) -> int | None:
+    """A number that the toolchain told, from the aligned variant where there are several."""
+    value = facts.get(name)
+    if value is None:
+        variant = facts.get("aligned")
+        value = variant.get(name) if isinstance(variant, Mapping) else None
+    return value if isinstance(value, int) else None
+
+
+def _extern_rows(part: str, program: Program, traffic: ProgramTraffic) -> Iterator[ExternRow]:
+    moved = {s.name: s for s in traffic.steps}
+    rows: dict[tuple[str, str], tuple[int, int]] = {}
+    for step in _steps(program.steps):
+        if isinstance(step, Extern):
+            count, total = rows.get((step.callee, step.reason), (0, 0))
+            rows[step.callee, step.reason] = count + moved[step.name].launches, total + moved[step.name].bytes
+    for (callee, reason), (count, total) in sorted(rows.items()):
+        yield ExternRow(callee, part, count, total, reason)

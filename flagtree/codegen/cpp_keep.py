@@ -1,0 +1,102 @@
+"""Which values a later sweep over a row reads back instead of computing them again.
+
+A value that costs much (a transcendental function, a division, several roundings) and was computed in an earlier sweep is kept in a
+stack array of the row; cheap ones are computed again from their loads.  Rows too long for the stack keep nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flagtree.codegen import cpp_ops as ops
+from flagtree.codegen.cpp_layout import Layout
+from flagtree.codegen.flat import operands, results
+from flagtree.ir.program import BodyOp, Compute, IndexValue, Load, Reduce, Scan, Store
+
+WORTH = 14           # cost, in vector instructions, from which a store and a load are cheaper
+STACK_BYTES = 1 << 17  # of all kept values of a row: well inside the smallest thread stack in use (OpenMP's 2 MiB)
+COSTS = {"div": 10, "sqrt": 10, "rsqrt": 20, "neg": 1, "add": 1, "sub": 1, "mul": 1, "min": 3, "max": 3, "where": 1, "abs": 1, "cast": 1}
+DEAR = 20            # every other operation
+ROUNDING = 7         # to a half float
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """`body`: the ops of one sweep over one piece, in order.  `kept`: values to store in their rows; `read`: values read back."""
+
+    body: tuple[BodyOp, ...]
+    kept: frozenset[str]
+    read: tuple[str, ...]
+
+
+def row_size(layout: Layout) -> int | None:
+    """Elements of a row array for one value, None when rows are not one bounded axis of lanes."""
+    if not layout.lane_reduced or layout.loops or layout.lane is None:
+        return None
+    highest = layout.kernel.bounds.maximum(layout.lane.extent)
+    return None if highest is None else -(-max(highest, 1) // 16) * 16
+
+
+def sweeps(layout: Layout, body: Sequence[BodyOp]) -> list[Sweep]:
+    """What each sweep executes for one piece's body."""
+    size = row_size(layout)
+    budget = 0 if size is None else STACK_BYTES // (size * layout.widest)
+    defining = {n: op for op in body for n in results(op) if not isinstance(op, Reduce) and layout.is_swept(op)}
+    executed: list[set[str]] = []
+    kept: list[set[str]] = []
+    out: list[tuple[list[BodyOp], list[str]]] = []
+    rows: set[str] = set()
+    for number in range(layout.sweeps):
+        needed: set[str] = set()
+        read: list[str] = []
+        chosen: list[BodyOp] = []
+        for op in reversed(tuple(body)):
+            if isinstance(op, (Reduce, Store)):
+                wanted = layout.is_swept(op) and layout.sweep_of(op) == number
+            else:
+                wanted = op.name in needed and op.name in defining
+            if not wanted:
+                continue
+            if not isinstance(op, (Reduce, Store)):
+                earlier = next((k for k, names in enumerate(executed) if op.name in names), None)
+                if earlier is not None and _cost(op.name, defining) >= WORTH and (op.name in rows or len(rows) < budget):
+                    rows.add(op.name)
+                    kept[earlier].add(op.name)
+                    read.append(op.name)
+                    continue
+            chosen.append(op)
+            needed.update(operands(op))
+        executed.append({n for op in chosen for n in results(op)})
+        kept.append(set())
+        out.append((chosen[::-1], read[::-1]))
+    return [Sweep(tuple(b), frozenset(k), tuple(r)) for (b, r), k in zip(out, kept, strict=True)]
+
+
+def _cost(name: str, defining: dict[str, BodyOp]) -> int:
+    """Vector instructions to compute a value again from its loads and from values outside sweeps."""
+    seen: set[str] = set()
+    total = 0
+    stack = [name]
+    while stack:
+        n = stack.pop()
+        op = defining.get(n)
+        if n in seen or op is None:
+            continue
+        seen.add(n)
+        total += _op_cost(op)
+        stack += operands(op)
+    return total
+
+
+def _op_cost(op: BodyOp) -> int:
+    if isinstance(op, Load):
+        return 2 if op.access.mask is None else DEAR
+    if isinstance(op, Scan):
+        return 4 * DEAR
+    if isinstance(op, IndexValue):
+        return 1
+    if isinstance(op, Compute):
+        cost = COSTS.get(op.op, 1 if op.op in ops.BINARY or op.op in ops.PREFIX else DEAR)
+        return cost + (ROUNDING if op.dtype in ("bf16", "f16") and op.op not in ops.UNROUNDED else 0)
+    return 0

@@ -1,0 +1,163 @@
+"""`flagtree compile`, whole: a model in, one checked bundle a target out.
+
+Parts are captured once for all targets; per target the pipeline runs, kernels are built and executed once, and the bundle is
+published.  When nothing changed, the bundle of last time is found by its key and nothing of this is imported.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flagtree.artifact.bundle import copy_bundle, open_bundle, write_bundle
+from flagtree.artifact.code import code_digest
+from flagtree.artifact.key import KeyFactors
+from flagtree.artifact.store import Store
+from flagtree.artifact.trust import record_built
+from flagtree.capture.model_spec import PARTS, ModelSpec, load_spec, spec_key
+from flagtree.check.report import BundleReport, CompileReport
+from flagtree.errors import BundleError, StoreError, UnknownName
+from flagtree.progress import SILENT, Progress
+from flagtree.settings import settings
+from flagtree.targets import find_target
+from flagtree.targets.base import Target
+
+if TYPE_CHECKING:
+    from flagtree.capture.parts import CapturedPart
+
+KIND = "bundle"
+
+
+def compile_model(
+    model: str,
+    targets: Sequence[str],
+    *,
+    parts: Sequence[str] | None = None,
+    layers: int | None = None,
+    dtype: str | None = None,
+    out: Path | None = None,
+    jobs: int | None = None,
+    progress: Progress = SILENT,
+) -> CompileReport:
+    """Compile `model` (a name, a YAML or a config.json) for each target.
+
+    `parts`: all by default; `layers`: another depth; `dtype`: another element type; `out`: a folder for the bundles, else they stay
+    in the store.  Raises the error of the part that fails; what was there before is then as it was.
+    """
+    spec = load_spec(model)
+    spec = spec if layers is None else spec.with_depth(layers)
+    chosen = tuple(dict.fromkeys(parts or PARTS))
+    for part in chosen:
+        if part not in PARTS:
+            raise UnknownName("part", part, PARTS)
+    job = _Job(spec, chosen, dtype, jobs or settings.jobs, progress)
+    return CompileReport(spec.name, tuple(job.bundle(find_target(name), out) for name in targets))
+
+
+class _Job:
+    """One call of `compile_model`: the captured parts are made on first need and shared by all targets."""
+
+    def __init__(self, spec: ModelSpec, parts: tuple[str, ...], dtype: str | None, jobs: int, progress: Progress) -> None:
+        self.spec, self.parts, self.dtype, self.jobs, self.progress = spec, parts, dtype, jobs, progress
+        self.store = Store()
+        self._captured: dict[str, CapturedPart] = {}
+
+    def bundle(self, target: Target, out: Path | None) -> BundleReport:
+        """The bundle for one target: last time's when its key is the same and it is whole, else built now."""
+        key = self._key(target)
+        name = f"{self.spec.name}-{target.name.replace(':', '-')}"
+        home = settings.cache_dir / "bundles" / key.digest()[:16] / name
+        report = self._known(key, home)
+        if report is None:
+            report = self._build(target, home, key)
+        if out is not None:
+            place = out / name
+            copy_bundle(home, place)
+            report = BundleReport(**{**_fields(report), "path": str(place)})
+        return report
+
+    def _key(self, target: Target) -> KeyFactors:
+        from importlib.metadata import PackageNotFoundError, version
+
+        from flagtree.toolchain.build import toolchain_of
+
+        try:
+            own = version("flagtree-toolkit")
+        except PackageNotFoundError:
+            own = "checkout"
+        return KeyFactors(
+            {
+                "model": self.spec.name,
+                "parts": {part: spec_key(self.spec, part, dtype=self.dtype) for part in self.parts},
+                "depth": self.spec.depth,
+                "target": target.name,
+                "tools": toolchain_of(target).versions(target),
+                "code": code_digest(),
+                "flagtree": own,
+            }
+        )
+
+    def _known(self, key: KeyFactors, home: Path) -> BundleReport | None:
+        entry = self.store.get(KIND, key.digest())
+        if not entry:
+            return None
+        try:
+            bundle = open_bundle(home)
+            bundle.verify()
+        except (BundleError, StoreError):
+            return None
+        stored = CompileReport.from_json(entry.files["report.json"].decode()).bundles[0]
+        if bundle.digest != stored.digest:
+            return None
+        return BundleReport(**{**_fields(stored), "path": str(home), "cached": True, "seconds": {}})
+
+    # -- building ------------------------------------------------------------------------------------------------------
+    def _build(self, target: Target, home: Path, key: KeyFactors) -> BundleReport:
+        from flagtree.assemble import assemble
+
+        clock = _Clock(self.progress)
+        for part in self.parts:
+            if part not in self._captured:
+                clock.phase(f"capture {part}")
+                from flagtree.capture.parts import capture_part
+
+                self._captured[part] = capture_part(self.spec, part, self.dtype)
+        made = assemble({p: self._captured[p] for p in self.parts}, target, self.jobs, clock, self.store)
+        clock.phase("bundle")
+        home.parent.mkdir(parents=True, exist_ok=True)
+        digest = write_bundle(home, name=self.spec.name, target=target.name, **made.content)
+        record_built(digest, self.store)
+        report = BundleReport(target.name, str(home), digest, made.parts, made.tiers, clock.seconds(), False, made.executed)
+        self.store.put(KIND, key.digest(), {"report.json": CompileReport(self.spec.name, (report,)).to_json().encode()}, {"factors": dict(key.factors)})
+        return report
+
+
+class _Clock:
+    """Passes progress on and keeps wall seconds by phase."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress, self.spent, self.current, self.since = progress, dict[str, float](), "", 0.0
+
+    def phase(self, name: str, total: int | None = None) -> None:
+        self._stop()
+        self.current, self.since = name, time.perf_counter()
+        self.progress.phase(name, total)
+
+    def advance(self, count: int = 1) -> None:
+        self.progress.advance(count)
+
+    def _stop(self) -> None:
+        if self.current:
+            self.spent[self.current] = self.spent.get(self.current, 0.0) + time.perf_counter() - self.since
+
+    def seconds(self) -> Mapping[str, float]:
+        self._stop()
+        self.current = ""
+        return {name: round(value, 3) for name, value in self.spent.items()}
+
+
+def _fields(report: BundleReport) -> dict[str, Any]:
+    return {f: getattr(report, f) for f in report.__dataclass_fields__}
+
