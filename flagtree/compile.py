@@ -130,7 +130,8 @@ class _Job:
         digest = write_bundle(home, name=self.spec.name, target=target.name, **made.content)
         record_built(digest, self.store)
         report = BundleReport(target.name, str(home), digest, made.parts, made.tiers, clock.seconds(), False, made.executed)
-        self.store.put(KIND, key.digest(), {"report.json": CompileReport(self.spec.name, (report,)).to_json().encode()}, {"factors": dict(key.factors)})
+        text = CompileReport(self.spec.name, (report,)).to_json()
+        self.store.put(KIND, key.digest(), {"report.json": text.encode()}, {"factors": dict(key.factors)})
         return report
 
 

@@ -88,7 +88,7 @@ def copy_bundle(source: Path, target: Path) -> str:
     bundle = open_bundle(source)
     bundle.verify()
     if not _stands_at(target, bundle.digest):
-        publish(target, {name: bundle.container.read(name) for name in bundle.container.sizes})
+        publish(target, {name: bundle.container.read(name, size) for name, size in bundle.container.sizes.items()})
     return bundle.digest
 
 

@@ -68,7 +68,7 @@ class _Recorder(TorchDispatchMode):
             self.bind(value, node)
         return node
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if not isinstance(func, torch._ops.OpOverload) or func.namespace == "prim":
             return func(*args, **kwargs)
@@ -90,11 +90,12 @@ class _Recorder(TorchDispatchMode):
         self._record(func, args, kwargs, result)
         return result
 
-    def _record(self, func, args, kwargs, result) -> None:  # noqa: ANN001
+    def _record(self, func, args, kwargs, result) -> None:
         if func.overloadpacket.__name__.startswith(_DROPPED) or not _has_tensor((args, kwargs, result)):
             return
         nodes = fx.node.map_aggregate((args, kwargs), self._argument)
-        node = self.graph.call_function(func, nodes[0], nodes[1])
+        node = self.graph.call_function(func)
+        node.args, node.kwargs = nodes  # set here: create_node warns of SymInts, which only code generated from an fx graph cannot carry
         node.meta["val"], node.meta["origin"] = result, self.origin
         if isinstance(result, torch.Tensor):
             self.node_of.setdefault(id(result), node)

@@ -141,8 +141,8 @@ class CompileReport:
         return {"format": FORMAT, "model": self.model, "bundles": bundles}
 
     def to_json(self) -> str:
-        """Canonical JSON: sorted keys, UTF-8, one line.  A NaN or an infinity is an error here, not a surprise for the reader."""
-        return json.dumps(self.to_dict(), sort_keys=True, ensure_ascii=False, allow_nan=False)
+        """One line of JSON, phases and sizes in their own order.  A NaN or an infinity is an error here, not a surprise for the reader."""
+        return json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> CompileReport:

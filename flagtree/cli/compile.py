@@ -6,6 +6,7 @@ stdout has the table, or with `--json` one JSON document a model; progress goes 
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -38,6 +39,7 @@ def run(
     from flagtree.capture.model_spec import load_spec
     from flagtree.cli.progress import Drawn
     from flagtree.cli.table import print_report
+    from flagtree.settings import settings
     from flagtree.targets import find_target
 
     for name in model:  # a slip in the last name should not cost the work on the first
@@ -46,6 +48,8 @@ def run(
 
     from flagtree.compile import compile_model
 
+    if not settings.debug:
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.")  # torch's own notes would cut through the progress
     for name in model:
         with Drawn() as progress:
             report = compile_model(name, targets, parts=part, layers=layers, dtype=dtype, out=out, jobs=jobs, progress=progress)

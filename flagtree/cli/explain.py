@@ -79,18 +79,19 @@ def _externs(bundle: Bundle) -> Iterator[str]:
 
 def _refusals(bundle: Bundle) -> Iterator[str]:
     for part in bundle.manifest.parts:
-        rows = bundle.part(part).get("refusals")
-        if rows is None:
+        promised = bundle.manifest.coverage.get(part)
+        refused = promised.get("refused") if isinstance(promised, dict) else None
+        if refused is None:
             yield f"{part}: refusals were not recorded when this bundle was built"
             continue
-        yield f"{part}: {len(rows)} refused"
-        for row in rows:
-            yield f"  {row['pass']}: {' + '.join(row['steps'])}: {row['reason']}"
+        yield f"{part}: {len(refused)} refused"
+        for line in refused:
+            yield f"  {line}"
 
 
 def _tiers(bundle: Bundle) -> Iterator[str]:
     for digest, kernel in sorted(bundle.manifest.kernels.items()):
-        beyond = f"; missing for the next: {kernel.missing}" if kernel.missing else ""
+        beyond = f"; missing: {kernel.missing}" if kernel.missing else ""
         yield f"{digest[:16]}  {kernel.tier}{beyond}"
 
 

@@ -1,12 +1,13 @@
 """`flagtree inspect`: what a bundle holds, read and verified without running any of its code.
 
-Prints the report that the compiler stored with each launch list, or what the launch list itself tells where there is none.
+Prints the report that the compiler stored with each part, or what the part's launch list tells where there is none.
 """
 
 from __future__ import annotations
 
+import itertools
 import json as json_module
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,8 @@ import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from flagtree.check.report import PartReport
 
 EXAMPLES = """
 **Examples**
@@ -39,25 +42,35 @@ def run(
         return
     from rich.console import Console
 
+    from flagtree.cli.table import stored_report
+
     console = Console()
     for part in opened.manifest.parts:
-        _print_part(console, facts["name"], facts["target"], part, opened.part(part), facts["parts"][part])
+        _print_part(console, facts["name"], facts["target"], part, stored_report(facts["coverage"].get(part)), facts["parts"][part])
     _print_facts(console, facts)
 
 
-def _print_part(console: Console, model: str, target: str, name: str, launch: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
+def _print_part(console: Console, model: str, target: str, name: str, report: PartReport | None, summary: Mapping[str, Any]) -> None:
     from rich.text import Text
 
-    from flagtree.cli.table import render_part, stored_report
+    from flagtree.cli.table import render_part
 
-    report = stored_report(launch)
     if report is not None:
         console.print(render_part(model, report))
         return
     console.print(Text.assemble((f"{model} {name}", "bold"), f" for {target}"))
     calls = sum(row["count"] for row in summary["externs"])
     console.print(Text(f"kernels {summary['launches']} launches, externs {calls} calls, {summary['weights']} weights by name"))
-    console.print(Text(f"inputs {', '.join(summary['inputs'] + summary['states'])}; outputs {', '.join(summary['outputs'])}\n"))
+    console.print(Text(f"inputs {numbered(summary['inputs'] + summary['states'])}; outputs {numbered(summary['outputs'])}\n"))
+
+
+def numbered(names: Iterable[str]) -> str:
+    """`k.0, k.1, k.2, x` as `k.0 to k.2, x`."""
+    shown = []
+    for prefix, group in itertools.groupby(names, key=lambda name: name.rstrip("0123456789")):
+        run = list(group)
+        shown += [f"{run[0]} to {run[-1]}"] if len(run) > 2 and prefix.endswith(".") else run
+    return ", ".join(shown)
 
 
 def _print_facts(console: Console, facts: Mapping[str, Any]) -> None:
@@ -74,8 +87,8 @@ def _print_facts(console: Console, facts: Mapping[str, Any]) -> None:
     table.add_row("trusted", "yes, built by this machine's store" if facts["trusted"] else "no; running it needs its digest named")
     tiers = ", ".join(f"{count} at tier {tier}" for tier, count in facts["tiers"].items())
     table.add_row("kernels", f"{len(facts['kernels'])} distinct: {tiers}")
-    for tier, missing in dict.fromkeys((k["tier"], k["missing"]) for k in facts["kernels"].values() if k["missing"]):
-        table.add_row("missing", Text(f"beyond {tier}: {missing}"))
+    for missing in dict.fromkeys(kernel["missing"] for kernel in facts["kernels"].values() if kernel["missing"]):
+        table.add_row("missing", Text(missing))
     if facts["libraries"]:
         table.add_row("levels", ", ".join(facts["libraries"]))
     table.add_row("built by", Text(", ".join(f"{name} {version}" for name, version in facts["versions"].items()) or "not said"))

@@ -6,7 +6,7 @@ The commands `compile` and `inspect` print these on stdout.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -66,14 +66,21 @@ def grid(*columns: tuple[str, str]) -> Table:
     return table
 
 
-def _kernels(rows: Iterable[KernelRow]) -> Table:
-    table = grid(("kernel", "whole"), ("fused ops", "left"), ("tier", "whole"), ("runs", "right"), ("before", "right"), ("after", "right"),
-                  ("regs", "right"), ("shared", "right"))
+def _kernels(rows: Sequence[KernelRow]) -> Table:
+    """Registers and shared memory have columns where the toolchain told them of any kernel."""
+    told = [heading for heading in ("regs", "shared") if any(_told(row)[heading] is not None for row in rows)]
+    table = grid(("kernel", "left"), ("fused ops", "left"), ("tier", "whole"), ("runs", "right"), ("before", "right"), ("after", "right"),
+                 *((heading, "right") for heading in told))
+    table.columns[1].min_width = 20
     for row in rows:
-        registers = "-" if row.registers is None else str(row.registers) + (f"+{row.spills}" if row.spills else "")
         table.add_row(Text(row.name), Text(short_ops(row.ops)), row.tier, str(row.launches), size(row.bytes_before), size(row.bytes_after),
-                      registers, size(row.shared))
+                      *(_told(row)[heading] or "-" for heading in told))
     return table
+
+
+def _told(row: KernelRow) -> dict[str, str | None]:
+    registers = None if row.registers is None else str(row.registers) + (f"+{row.spills}" if row.spills else "")
+    return {"regs": registers, "shared": None if row.shared is None else size(row.shared)}
 
 
 def _externs(rows: Iterable[ExternRow]) -> Table:
@@ -107,8 +114,8 @@ def _facts(bundle: BundleReport) -> RenderableType:
     table.add_row("bundle", Text(bundle.path))
     table.add_row("digest", bundle.digest)
     table.add_row("kernels", f"{bundle.kernels} distinct: " + ", ".join(f"{count} at tier {tier}" for tier, count in bundle.tiers.items()))
-    for tier, missing in dict.fromkeys((row.tier, row.missing) for part in bundle.parts for row in part.kernels if row.missing):
-        table.add_row("missing", Text(f"beyond {tier}: {missing}"))
+    for missing in dict.fromkeys(row.missing for part in bundle.parts for row in part.kernels if row.missing):
+        table.add_row("missing", Text(missing))
     ran = ", ".join(f"{count} {how}" for how, count in bundle.executed.items())
     table.add_row("executed", Text(ran or "nothing"))
     spent = ["nothing to compile, taken from the store"] if bundle.cached else []
@@ -117,9 +124,9 @@ def _facts(bundle: BundleReport) -> RenderableType:
     return Group(table, Text())
 
 
-def stored_report(launch: Mapping[str, Any]) -> PartReport | None:
-    """The report that the compiler left in a launch list under `report`; None where there is none or it is not one."""
+def stored_report(coverage: Any) -> PartReport | None:
+    """The report that the compiler left in a part's coverage under `report`; None where there is none or it is not one."""
     try:
-        return PartReport.from_dict(launch["report"])
+        return PartReport.from_dict(coverage["report"])
     except (KeyError, TypeError, AttributeError, ValueError):
         return None

@@ -20,7 +20,7 @@ from flagtree.errors import CodegenError
 from flagtree.ir.index import Index
 from flagtree.ir.program import BodyOp, Reduce, Scan, Store
 
-PARTIALS = 16
+PARTIALS = 32
 
 # combiner -> (fields of its state, start of each: a number, or "low"/"high" for the type's ends)
 STATES: dict[str, tuple[tuple[str, ...], tuple[object, ...]]] = {

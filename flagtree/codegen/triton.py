@@ -65,7 +65,7 @@ def generate(program: Program, digest: str, target: Target) -> TritonSource:
         schedule = kernel.schedule or default_schedule(program, target)
         _check_target(program, schedule, target)
         flat = flatten(program.with_(steps=(replace(kernel, schedule=schedule),)))
-        return _write(program, kernel, flat, flat.schedule or schedule, function)
+        return _write(program, kernel, flat, flat.schedule or schedule, function, schedule.warps * target.warp)
     except CodegenError as e:
         raise CodegenError(e.what, where=e.where or function, why=e.why, hint=e.hint) from e
 
@@ -75,10 +75,13 @@ def _check_target(program: Program, schedule: Schedule, target: Target) -> None:
         if target.dtypes and buffer.dtype not in target.dtypes:
             raise CodegenError(f"{target.name} has no type {buffer.dtype}", where=buffer.name)
     if schedule.warps * target.warp > target.max_threads:
-        raise CodegenError(f"{schedule.warps} warps of {target.warp} threads", why=f"{target.name} allows {target.max_threads} threads in a program instance")
+        raise CodegenError(
+            f"{schedule.warps} warps of {target.warp} threads",
+            why=f"{target.name} allows {target.max_threads} threads in a program instance",
+        )
 
 
-def _write(program: Program, kernel: Kernel, flat: FlatKernel, schedule: Schedule, function: str) -> TritonSource:
+def _write(program: Program, kernel: Kernel, flat: FlatKernel, schedule: Schedule, function: str, threads: int) -> TritonSource:
     tile = Tile(flat, schedule, program.symbols)
     helpers: set[str] = set()
     axis_widths = {n: 32 if _upper(a.extent, tile) <= INT32_MAX - a.tile else 64 for n, a in tile.axes.items()}
@@ -86,11 +89,13 @@ def _write(program: Program, kernel: Kernel, flat: FlatKernel, schedule: Schedul
     value_widths = {n: 64 if d == "i64" else 32 for n, d in flat.dtypes.items()}
     index = IndexText(tile.bounds, axis_widths | symbol_widths | value_widths, helpers.add)
     memory = {b.name: b.dtype for b in program.buffers}
-    writer = BodyWriter(tile, index, Speller(flat.dtypes, helpers.add), memory, helpers.add, kernel.numerics.accumulator)
+    writer = BodyWriter(tile, index, Speller(flat.dtypes, helpers.add), memory, helpers.add, kernel.numerics.accumulator, threads)
     grid = _prologue(tile, writer)
     for phase in phases(tile):
         writer.phase(phase)
-    signature = tuple((b.name, POINTERS[b.dtype]) for b in program.buffers) + tuple((s.name, f"i{symbol_widths[s.name]}") for s in program.symbols)
+    signature = tuple((b.name, POINTERS[b.dtype]) for b in program.buffers) + tuple(
+        (s.name, f"i{symbol_widths[s.name]}") for s in program.symbols
+    )
     text = _module(program, function, signature, writer.lines, helpers)
     return TritonSource(
         text, function, signature, tuple(g.to_json() for g in grid), (), _alignable(program), schedule.warps, schedule.stages,  # type: ignore[arg-type]
@@ -105,6 +110,7 @@ def _upper(extent: Index, tile: Tile) -> int:
 
 def _alignable(program: Program) -> tuple[str, ...]:
     """Pointers, symbols that are strides, and symbols whose range promises a multiple of 16; never a token count."""
+
     def fits(s: Symbol) -> bool:
         return s.multiple % 16 == 0 or bool(s.source and s.source[0] == "stride")
 
@@ -122,7 +128,11 @@ def _dimensions(tile: Tile) -> list[list[TiledAxis]]:
         while len(dimensions[0]) > 1 and _programs([*dimensions[other], dimensions[0][0]], tile) <= GRID_LIMIT[other]:
             dimensions[other].append(dimensions[0].pop(0))
     if _programs(dimensions[0], tile) > GRID_LIMIT[0]:
-        raise CodegenError("the grid has too many program instances", why=f"over {GRID_LIMIT[0]} along x", hint="a larger tile, or a smaller range of the symbols")
+        raise CodegenError(
+            "the grid has too many program instances",
+            why=f"over {GRID_LIMIT[0]} along x",
+            hint="a larger tile, or a smaller range of the symbols",
+        )
     return dimensions
 
 
@@ -173,7 +183,9 @@ def _coordinate(axis: TiledAxis, p: str, outermost: bool, writer: BodyWriter) ->
 @functools.cache
 def _environment() -> jinja2.Environment:
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    return jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
+    return jinja2.Environment(
+        loader=loader, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
+    )
 
 
 @functools.cache

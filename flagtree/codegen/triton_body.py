@@ -6,9 +6,10 @@ Place in the flow: codegen/triton.py drives it over the phases of a body.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
-from flagtree.codegen.flat import operands, results
+from flagtree.codegen.flat import operands
 from flagtree.codegen.triton_index import IndexText, fits32
 from flagtree.codegen.triton_ops import TYPES, Combination, Speller, bare, cast, combination, literal, working_type
 from flagtree.codegen.triton_phases import Phase
@@ -16,7 +17,7 @@ from flagtree.codegen.triton_tile import Shape, Tile, TiledAxis
 from flagtree.errors import CodegenError
 from flagtree.ir.dtypes import DTYPES
 from flagtree.ir.index import Index
-from flagtree.ir.program import Access, BodyOp, Compute, IndexValue, Load, Reduce, Scan, Store
+from flagtree.ir.program import Access, BodyOp, IndexValue, Load, Reduce, Scan, Store
 
 _ATOMIC_ADD = {"f16", "f32", "f64", "i32", "i64"}  # what tl.atomic_add takes from 3.1 on
 _ATOMIC_MAX = {"i32", "i64"}
@@ -24,9 +25,19 @@ _NATIVE_SUM = {"f32", "f64", "i32", "i64"}  # tl.sum leaves these types as they 
 
 
 class BodyWriter:
-    """Appends lines to `lines`.  `dtypes`: of SSA values; `memory`: of buffers; `need`: told each helper function called."""
+    """Appends lines to `lines`.  `dtypes`: of SSA values; `memory`: of buffers; `need`: told each helper function
+    called.  `threads`: of a program instance."""
 
-    def __init__(self, tile: Tile, index: IndexText, speller: Speller, memory: dict[str, str], need: Callable[[str], None], accumulator: str) -> None:
+    def __init__(
+        self,
+        tile: Tile,
+        index: IndexText,
+        speller: Speller,
+        memory: dict[str, str],
+        need: Callable[[str], None],
+        accumulator: str,
+        threads: int,
+    ) -> None:
         self.tile, self.index, self.speller, self.memory, self.need, self.accumulator = tile, index, speller, memory, need, accumulator
         self.lines: list[str] = []
         self.indent = ""
@@ -37,6 +48,7 @@ class BodyWriter:
         self.in_place = loaded & {op.access.buffer for op in tile.body if isinstance(op, Store)}
         self.unsafe: set[str] = set()  # in-place buffers that another thread may still be reading
         self.crosses_threads = any(isinstance(op, (Reduce, Scan)) for op in tile.body)
+        self.alone = max(tile.elements, threads)  # a tensor of so many elements has each of them in one thread only
 
     def emit(self, line: str) -> None:
         self.lines.append(self.indent + line)
@@ -97,8 +109,7 @@ class BodyWriter:
         if stored != op.dtype:
             self.emit(f"{op.name} = {cast(op.name, stored, op.dtype)}")
         self.shapes[op.name] = shape
-        replicated = shape != max((self.tile.shape(self.tile.op_deps(o)) for o in self.tile.body), key=lambda s: (len(s), s))
-        if op.access.buffer in self.in_place and (self.crosses_threads or replicated):
+        if op.access.buffer in self.in_place and (self.crosses_threads or math.prod(shape) < self.alone):
             self.unsafe.add(op.access.buffer)
 
     def store(self, op: Store) -> None:
@@ -121,7 +132,9 @@ class BodyWriter:
         if op.mode == "set":
             covered = self.tile.index_deps(op.access.index)
             if not self.tile.of((op.value,)) <= covered:
-                raise CodegenError(f"the store to {op.access.buffer} writes several values to one element", why="its value varies where its index does not")
+                raise CodegenError(
+                    f"the store to {op.access.buffer} writes several values to one element", why="its value varies where its index does not"
+                )
             value = cast(op.value, dtype, stored) if stored != "b1" else f"{cast(op.value, dtype, 'b1')}.to(tl.int8)"
             self.emit(f"tl.store({pointer}, {value}{mask})")
         else:
@@ -141,7 +154,9 @@ class BodyWriter:
             self.emit(f"tl.store({op.access.buffer}_at, {cast(new, work, stored)}{mask})")
             return
         if stored not in (_ATOMIC_ADD if op.mode == "add" else _ATOMIC_MAX):
-            raise CodegenError(f"several elements are {op.mode}ed into one of {op.access.buffer}", why=f"there is no portable atomic {op.mode} on {stored}")
+            raise CodegenError(
+                f"several elements are {op.mode}ed into one of {op.access.buffer}", why=f"there is no portable atomic {op.mode} on {stored}"
+            )
         self.atomic = True
         value = cast(op.value, dtype, stored)
         self.emit(f'tl.atomic_{op.mode}({pointer}, {value}{mask}, sem="relaxed")')
@@ -280,7 +295,7 @@ class BodyWriter:
             self._open_loop(self.tile.axes[name])
         for op in phase.inside:
             if op in rules:
-                self._accumulate(op, rules[op])  # type: ignore[arg-type,index]
+                self._accumulate(op, rules[op])
             elif isinstance(op, Scan) and op.name in carries:
                 self.scan(op, carries[op.name])
             else:
@@ -323,5 +338,3 @@ class BodyWriter:
             return
         self.need(rule.function)
         self.emit(f"{', '.join(held)} = {rule.function}({', '.join(held + values)})")
-
-

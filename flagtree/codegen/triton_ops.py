@@ -46,6 +46,8 @@ def literal(value: Scalar, dtype: str) -> str:
         x = float(value)
         text = f'float("{x}")' if math.isinf(x) or math.isnan(x) else repr(x)
         plain = x == 0.0 or not math.isfinite(x) or _SMALLEST_F32 < abs(x) <= _LARGEST_F32
+        if d.bits < 32:  # not every release makes a narrow constant
+            return f"tl.full((), {text}, tl.float32).to({TYPES[dtype]})"
         return text if dtype == "f32" and plain else f"tl.full((), {text}, {TYPES[dtype]})"
     if d.kind == "bool":
         return f"tl.full((), {int(bool(value))}, tl.int1)"
@@ -89,7 +91,14 @@ def bare(text: str) -> str:
 
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "and": "&", "or": "|", "xor": "^", "shl": "<<", "shr": ">>",
           "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}  # fmt: skip
-_INTEGER_CALLS = {"floordiv": "floor_div", "mod": "floor_mod", "truncdiv": "trunc_div", "fmod": "trunc_mod", "min": "int_min", "max": "int_max"}
+_INTEGER_CALLS = {
+    "floordiv": "floor_div",
+    "mod": "floor_mod",
+    "truncdiv": "trunc_div",
+    "fmod": "trunc_mod",
+    "min": "int_min",
+    "max": "int_max",
+}
 # f32 only, from templates/triton_math.py.j2
 _CALLS = {"round": "round_even", "trunc": "trunc", "copysign": "copysign", "sign": "sign", "expm1": "expm1", "log": "log", "log2": "log2",
           "log10": "log10", "log1p": "log1p", "tan": "tan", "tanh": "tanh", "asin": "asin", "acos": "acos", "atan": "atan", "sinh": "sinh",
@@ -129,7 +138,7 @@ class Speller:
     def _term(self, arg: Arg, op: Compute, dtype: str, work: str) -> str:
         """An operand; a small integer beside a named i64 value needs no type of its own."""
         plain = work == "i64" and isinstance(arg, int) and abs(arg) < 2**31 and op.op in _INFIX and any(isinstance(a, str) for a in op.args)
-        return str(int(arg)) if plain else self.operand(arg, dtype, work)  # type: ignore[arg-type]
+        return str(int(arg)) if plain else self.operand(arg, dtype, work)
 
     def _type_of(self, op: Compute) -> str:
         named = next((a for a in op.args if isinstance(a, str)), None)

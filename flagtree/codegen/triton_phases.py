@@ -58,7 +58,9 @@ class _Cut:
             return False
         if not self._over(op) <= set(op.axes):
             left = ", ".join(sorted(self._over(op) - set(op.axes)))
-            raise CodegenError(f"the reduction {', '.join(op.names)} is nested in the loop over {left}", hint="keep one of the axes in a tile")
+            raise CodegenError(
+                f"the reduction {', '.join(op.names)} is nested in the loop over {left}", hint="keep one of the axes in a tile"
+            )
         return True
 
     def _sinks(self, level: int) -> list[BodyOp]:

@@ -80,7 +80,9 @@ def _reduced_tiles(flat: FlatKernel, axes: list[Axis], lane: Axis, row_limit: in
     used = tiles[lane.name]
     for axis in reversed(reduced):
         size = _power(_longest(axis.extent, flat.bounds))
-        if lane.name not in loops and size * used <= max(LOOP_TILE, min(row_limit, 4 * LOOP_TILE) if axis.extent.constant is not None else 0):
+        if lane.name not in loops and size * used <= max(
+            LOOP_TILE, min(row_limit, 4 * LOOP_TILE) if axis.extent.constant is not None else 0
+        ):
             tiles[axis.name] = size
         else:
             loops.add(axis.name)

@@ -6,6 +6,7 @@ Place in the flow: built from a scheduled flat kernel by codegen/triton.py, read
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -47,7 +48,7 @@ class Tile:
     def __init__(self, flat: FlatKernel, schedule: Schedule, symbols: Iterable[Symbol]) -> None:
         self.flat, self.bounds = flat, flat.bounds
         self.symbols = {s.name: s for s in symbols}
-        unit = {a.name: ZERO for a in flat.axes if a.extent.constant == 1}
+        unit = {a.name: ZERO for a in flat.axes if self._is_one(a.extent)}
         self.body = tuple(map_indices(op, lambda i: i.substitute(unit)) for op in flat.body)
         present = [a for a in flat.axes if a.name not in unit]
         self.names = frozenset(a.name for a in present)
@@ -56,22 +57,28 @@ class Tile:
         self.axes: dict[str, TiledAxis] = {}
         for axis in present:
             tile, looped = tiles.get(axis.name, 1), axis.name in schedule.loop
+            looped |= axis.kind == "reduce" and tile == 1 and self.bounds.nonnegative(1 - axis.extent)  # none or one
             self._check(axis.name, axis.extent, tile, looped or axis.kind != "reduce")
-            once = self.bounds.nonnegative(tile - axis.extent)
+            once = tile > 1 and self.bounds.nonnegative(tile - axis.extent)
             count = ONE if once else floordiv(axis.extent + (tile - 1), Index.of(tile), self.bounds)
             full = tile == 1 or self._divides(axis.extent, tile)
             self.axes[axis.name] = TiledAxis(
-                axis.name, axis.extent, count, tile, looped and not (once and tile > 1), axis.kind == "reduce", full, dims.get(axis.name)
+                axis.name, axis.extent, count, tile, looped and not once, axis.kind == "reduce", full, dims.get(axis.name)
             )
         if self.elements > MAX_ELEMENTS:
             raise CodegenError(f"a tile of {self.elements} elements", why=f"Triton's limit is {MAX_ELEMENTS}")
+
+    def _is_one(self, extent: Index) -> bool:
+        return extent.constant == 1 or (self.bounds.nonnegative(1 - extent) and self.bounds.nonnegative(extent - 1))
 
     def _check(self, axis: str, extent: Index, tile: int, may_exceed: bool) -> None:
         if tile < 1 or tile & (tile - 1):
             raise CodegenError(f"tile {tile} of axis {axis} is not a power of two")
         if not may_exceed and not self.bounds.nonnegative(tile - extent):
             raise CodegenError(
-                f"the schedule covers {tile} elements of the reduced axis {axis}", why=f"its extent is {extent}", hint="name the axis in `loop`"
+                f"the schedule covers {tile} elements of the reduced axis {axis}",
+                why=f"its extent is {extent}",
+                hint="name the axis in `loop`",
             )
 
     def _divides(self, extent: Index, tile: int) -> bool:
@@ -133,13 +140,7 @@ class Tile:
     @property
     def elements(self) -> int:
         """Elements of the largest tensor of the body."""
-        best = 1
-        for op in self.body:
-            total = 1
-            for size in self.shape(self.op_deps(op)):
-                total *= size
-            best = max(best, total)
-        return best
+        return max((math.prod(self.shape(self.op_deps(op))) for op in self.body), default=1)
 
     @property
     def loops(self) -> tuple[str, ...]:

@@ -185,6 +185,7 @@ def output_defined(program: Program) -> Found:
 
 
 def repeat_bindings(program: Program) -> Found:
+    known = {b.name for b in program.buffers}
     for step in walk(program.steps):
         if not isinstance(step, Repeat):
             continue
@@ -198,6 +199,8 @@ def repeat_bindings(program: Program) -> Found:
             if len(actual) != step.count:
                 yield where, f"'{formal}' is bound to {len(actual)} buffers, the count is {step.count}"
             yield from ((where, why) for why in _binding_errors(program, formal, actual))
+        if all(f in known and len(a) == step.count and known.issuperset(a) for f, a in step.bindings):
+            yield from ((where, why) for why in _hidden_aliases(program, step))
 
 
 def _binding_errors(program: Program, formal: str, actual: tuple[str, ...]) -> Iterator[str]:
@@ -211,6 +214,21 @@ def _binding_errors(program: Program, formal: str, actual: tuple[str, ...]) -> I
             yield f"'{name}', bound to '{formal}', is not declared"
         elif _signature(program.buffer(name)) != want:
             yield f"'{name}' and its formal '{formal}' differ in dtype, shape or strides"
+
+
+def _hidden_aliases(program: Program, step: Repeat) -> Iterator[str]:
+    """Formals are different memory to whoever reads the body: where one is written, no other name may mean the same buffer."""
+    inner = list(walk(step.body))
+    written = {program.root(n) for s in inner for n in s.writes if not isinstance(s, Repeat)}
+    formals = {f for f, _ in step.bindings}
+    free = {program.root(n): program.root(n) for s in inner for n in (*s.reads, *s.writes) if program.root(n) not in formals}
+    for i in range(step.count):
+        owner = dict(free)
+        for formal, actual in step.bindings:
+            other = owner.setdefault(program.root(actual[i]), formal)
+            if other != formal and (formal in written or other in written):
+                yield f"in iteration {i} '{formal}' and '{other}' are one buffer, and the body writes it"
+                return
 
 
 def _signature(b: Buffer) -> tuple[str, tuple[Index, ...], tuple[Index, ...]]:

@@ -5,9 +5,8 @@ Only decompositions that compute in ATen's opmath type and round once at the end
 
 from __future__ import annotations
 
-from torch._decomp import get_decompositions
-
 import torch
+from torch._decomp import get_decompositions
 
 aten = torch.ops.aten
 

@@ -12,7 +12,8 @@ _ATTENTION = "attention: the platform's library"
 _RANDOM = "random numbers: the generator's own order is kept"
 _LAYOUT = "uninitialised memory: allocation only"
 REASONS = {
-    **dict.fromkeys(("aten.linear", "aten.mm", "aten.bmm", "aten.addmm", "aten.baddbmm", "aten.matmul", "aten.einsum", "aten.mv", "aten.dot"), _GEMM),
+    **dict.fromkeys(("aten.linear", "aten.mm", "aten.bmm", "aten.addmm", "aten.baddbmm", "aten.matmul"), _GEMM),
+    **dict.fromkeys(("aten.einsum", "aten.mv", "aten.dot", "aten.addmv", "aten.bilinear"), _GEMM),
     **dict.fromkeys(("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution"), _CONV),
     **dict.fromkeys(("aten.scaled_dot_product_attention", "flagtree.attend", "flagtree.attention"), _ATTENTION),
     **dict.fromkeys(("aten.rand", "aten.randn", "aten.rand_like", "aten.randn_like", "aten.bernoulli", "aten.native_dropout"), _RANDOM),

@@ -14,102 +14,29 @@ from typing import Any
 import torch
 from torch import fx
 
-from flagtree.errors import LoweringError
+from flagtree.errors import CaptureError
 from flagtree.ir.dtypes import TORCH_NAMES
-from flagtree.ir.index import ZERO, Index, Quotient, contiguous_strides, from_sympy
-from flagtree.ir.program import Alias, Buffer, Extern, Operand, Origin, Program, Ref, Step, Symbol, TypeArg
+from flagtree.ir.index import ZERO, Index, contiguous_strides
+from flagtree.ir.program import Alias, Buffer, Extern, Operand, Program, Ref, Step, TypeArg
 from flagtree.lower.builder import Body, Tensor, Value, compute_type
+from flagtree.lower.call import Call, packet_of
 from flagtree.lower.externs import reason_for, written_operands
 from flagtree.lower.memory import MEMORY
 from flagtree.lower.pointwise import KEPT_OPERANDS, POINTWISE, REFUSED_OVERLOADS, NotLowered
 from flagtree.lower.reduction import REDUCTIONS
+from flagtree.lower.sizes import Sizes
 
 FROM_TORCH = {getattr(torch, v): k for k, v in TORCH_NAMES.items() if hasattr(torch, v)}
 RULES = {**REDUCTIONS, **MEMORY}
 # they change a tensor's autograd record, not its values
 NO_OPERATION = frozenset({"aten.detach_", "aten.lift_fresh", "aten.requires_grad_"})
-UNBOUNDED = 2**48  # what a size without an upper bound counts as
-
-
-def _packet(op: torch._ops.OpOverload) -> str:
-    return f"{op.namespace}.{op.overloadpacket.__name__}"
 
 
 def lowers(op: torch._ops.OpOverload) -> bool:
     """Does lowering take this operator whole?  (What capture keeps; the rest is decomposed where it can be.)"""
-    packet, name = _packet(op), str(op)
+    packet, name = packet_of(op), str(op)
     base = packet.removesuffix("_")
     return packet in RULES or name in RULES or packet in POINTWISE or (base in POINTWISE and packet.endswith("_"))
-
-
-class Call:
-    """One operator call as a rule sees it: operands by position or name, results as tensors, `emit` for its kernels."""
-
-    def __init__(self, lowering: Lowering, node: fx.Node) -> None:
-        self.lowering, self.node = lowering, node
-        self.op: torch._ops.OpOverload = node.target
-        self.packet, self.overload = _packet(self.op), self.op._overloadname
-        self.origin = node.meta.get("origin") or Origin(node.name)
-
-    def node_argument(self, position: int) -> Any:
-        return self.node.args[position] if position < len(self.node.args) else None
-
-    def argument(self, position: int, name: str) -> Any:
-        """Operand by position, else by keyword, else the schema's default."""
-        if position < len(self.node.args):
-            return self.node.args[position]
-        if name in self.node.kwargs:
-            return self.node.kwargs[name]
-        return next((a.default_value for a in self.op._schema.arguments if a.name == name and a.has_default_value()), None)
-
-    def is_tensor(self, position: int) -> bool:
-        return isinstance(self.node_argument(position), fx.Node)
-
-    def tensor(self, position: int) -> Tensor:
-        value = self.node_argument(position)
-        if not isinstance(value, fx.Node):
-            raise NotLowered(f"operand {position} is not a tensor")
-        return self.lowering.tensor(value)
-
-    def optional_tensor(self, position: int, name: str) -> Tensor | None:
-        value = self.argument(position, name)
-        return self.lowering.tensor(value) if isinstance(value, fx.Node) else None
-
-    def tensors(self, position: int) -> list[Tensor]:
-        return [self.lowering.tensor(n) for n in self.node_argument(position)]
-
-    def number(self, body: Body, value: Any, dtype: str) -> Value:
-        if isinstance(value, torch.SymInt):
-            return body.cast(body.index(self.lowering.index(value)), dtype)
-        if isinstance(value, (torch.SymFloat, torch.SymBool)):
-            raise NotLowered("symbolic number that is not an integer")
-        return body.constant(value, dtype)
-
-    def device(self, position: int) -> str:
-        value = self.node_argument(position)
-        return str(value.meta["val"].device) if isinstance(value, fx.Node) else ""
-
-    def out(self) -> Tensor:
-        return self.lowering.result(self.node)
-
-    def outs(self) -> list[Tensor | None]:
-        """Results in order; None for one that nobody reads."""
-        if isinstance(self.node.meta["val"], torch.Tensor):
-            return [self.out()]
-        items = {n.args[1]: n for n in self.node.users if n.target is operator.getitem}
-        count = len(self.node.meta["val"])
-        return [self.lowering.result(items[k]) if k in items and items[k].users else None for k in range(count)]
-
-    def emit(self, body: Body, suffix: str = "") -> None:
-        name = f"{self.node.name}_{suffix}" if suffix else self.node.name
-        kernel = body.kernel(self.lowering.step_name(name), origins=(self.origin,), ops=(str(self.op),))
-        self.lowering.steps.append(kernel)
-
-    def extern(self, callee: str, args: tuple[Operand, ...], reason: str) -> None:
-        """A call with one result that takes the place of this one."""
-        out = self.out()
-        name = self.lowering.step_name(self.node.name)
-        self.lowering.steps.append(Extern(name, callee, args, (out.name,), reason=reason, origins=(self.origin,)))
 
 
 class Lowering:
@@ -122,61 +49,13 @@ class Lowering:
         self.root_of_storage: dict[int, str] = {}
         self.offset_of: dict[str, Index] = {}
         self.steps: list[Step] = []
-        self.symbols: dict[str, Symbol] = {}
-        self.renamed: dict[str, str] = dict(symbols or {})
+        self.sizes = Sizes(symbols)
         self._step_names: set[str] = set()
-        self.equalities: dict[Any, Any] | None = None
-        self.multiples: dict[str, int] = {}
         self.shared_inputs: set[str] = set()  # inputs that lie in one storage with another
 
-    # -- symbols -----------------------------------------------------------------------------------------------------
     def index(self, value: object) -> Index:
         """Index of an int or SymInt; raises NotLowered for an expression that indices do not carry."""
-        if isinstance(value, int):
-            return Index.of(value)
-        if isinstance(value, torch.SymInt):
-            found = from_sympy(self._expression(value), self._symbol_name)
-            if found is None:
-                raise NotLowered(f"size {value.node.expr} is no polynomial with floor divisions")
-            return self._divisible(found)
-        raise NotLowered(f"{value!r} is not an integer")
-
-    def stride(self, value: object) -> Index:
-        """As `index`; torch writes Max(1, n) for sizes inside strides, which differs from n only in a tensor without elements."""
-        if isinstance(value, torch.SymInt):
-            expr = self._expression(value).replace(_is_floor_of_one, lambda e: next(a for a in e.args if a != 1))
-            found = from_sympy(expr, self._symbol_name)
-            if found is not None:
-                return self._divisible(found)
-        return self.index(value)
-
-    def _divisible(self, index: Index) -> Index:
-        """A size n that a guard made a multiple of k is written k * (n // k), so that its parts cancel."""
-        return index.substitute({self._symbol_name(n): k * Index((((Quotient(Index.of(self._symbol_name(n)), Index.of(k)),), 1),)) for n, k in self.multiples.items()})
-
-    def _expression(self, value: torch.SymInt) -> Any:
-        """The size with everything that the trace's guards equate replaced by one spelling."""
-        if self.equalities is None:
-            self.equalities, self.multiples = _equalities(value.node.shape_env)
-        return value.node.expr.xreplace(self.equalities)
-
-    def _symbol_name(self, name: str) -> str:
-        return self.renamed.setdefault(name, f"s{len(self.renamed)}")
-
-    def declare_symbols(self, buffer: str, fake: torch.Tensor) -> None:
-        """A symbol is known from the first dimension (else stride) that is exactly it."""
-        for kind, sizes in (("dim", fake.shape), ("stride", fake.stride())):
-            for k, size in enumerate(sizes):
-                if isinstance(size, torch.SymInt):
-                    self._declare(size, (kind, buffer, k))
-
-    def _declare(self, value: torch.SymInt, source: tuple) -> None:
-        expr = self._expression(value)
-        if not expr.is_Symbol or self._symbol_name(expr.name) in self.symbols:
-            return
-        lo, hi = _range_of(value.node.shape_env, expr)
-        name = self._symbol_name(expr.name)
-        self.symbols[name] = Symbol(name, lo, hi, source)
+        return self.sizes.index(value)
 
     # -- buffers -----------------------------------------------------------------------------------------------------
     def tensor(self, node: fx.Node) -> Tensor:
@@ -188,7 +67,7 @@ class Lowering:
             raise NotLowered(f"element type {fake.dtype}")
         if fake.layout is not torch.strided:
             raise NotLowered(f"layout {fake.layout}")
-        return FROM_TORCH[fake.dtype], tuple(self.index(n) for n in fake.shape), tuple(self.stride(n) for n in fake.stride())
+        return FROM_TORCH[fake.dtype], tuple(self.index(n) for n in fake.shape), tuple(self.sizes.stride(n) for n in fake.stride())
 
     def add_buffer(self, name: str, fake: torch.Tensor, role: str) -> str:
         dtype, shape, strides = self._geometry(fake)
@@ -254,18 +133,21 @@ class Lowering:
         if node.target is operator.getitem:
             self._lower_item(node)
             return
-        call, mark = Call(self, node), (len(self.steps), set(self.buffers), dict(self.of_node))
+        call = Call(self, node)
         if self._is_view(node) or call.packet in NO_OPERATION:
             return
+        tables: tuple[dict, ...] = (self.buffers, self.of_node, self.root_of_storage, self.offset_of)
+        before = len(self.steps), [len(t) for t in tables]
         try:
             if str(call.op) in self.refused:
                 raise NotLowered(self.refused[str(call.op)])
             if not self._by_rule(call):
                 self._extern(call, reason_for(call.packet))
         except NotLowered as refusal:
-            del self.steps[mark[0] :]
-            self.buffers = {k: v for k, v in self.buffers.items() if k in mark[1]}
-            self.of_node = mark[2]
+            del self.steps[before[0] :]
+            for table, size in zip(tables, before[1], strict=True):  # what the rule declared comes last
+                while len(table) > size:
+                    table.popitem()
             self._extern(call, str(refusal))
 
     def _lower_item(self, node: fx.Node) -> None:
@@ -350,7 +232,7 @@ class Lowering:
         elif value is None:
             outputs = ()
         else:
-            raise LoweringError(f"{call.op} returns {type(value).__name__}", where=call.origin.source, why="only tensors cross a program")
+            raise CaptureError(f"{call.op} returns {type(value).__name__}", where=call.origin.source, why="only tensors cross a program")
         effect = "rng" if torch.Tag.nondeterministic_seeded in call.op.tags else ""
         step = Extern(self.step_name(node.name), str(call.op), args, outputs, kwargs, written, reason, effect, (call.origin,))
         self.steps.append(step)
@@ -368,46 +250,18 @@ class Lowering:
             return self.index(value)
         if isinstance(value, (list, tuple)):
             return tuple(self._operand(v) for v in value)
-        for kind, cls in (("dtype", torch.dtype), ("device", torch.device), ("layout", torch.layout), ("memory_format", torch.memory_format)):
+        if isinstance(value, torch.dtype):
+            return TypeArg("dtype", FROM_TORCH.get(value) or str(value).removeprefix("torch."))
+        for kind, cls in (("device", torch.device), ("layout", torch.layout), ("memory_format", torch.memory_format)):
             if isinstance(value, cls):
                 return TypeArg(kind, str(value).removeprefix("torch."))
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
-        raise LoweringError(f"operand {value!r} cannot be carried by an extern")
-
-
-def _is_floor_of_one(expr: Any) -> bool:
-    return type(expr).__name__ == "Max" and len(expr.args) == 2 and 1 in expr.args
+        raise CaptureError(f"an operand of type {type(value).__name__} cannot be carried by an extern")
 
 
 def _storage(fake: torch.Tensor) -> int:
     return fake.untyped_storage()._cdata
-
-
-def _equalities(shape_env: Any) -> tuple[dict[Any, Any], dict[str, int]]:
-    """(symbol -> expression, symbol's name -> divisor) from guards that torch did not already turn into replacements."""
-    out: dict[Any, Any] = {}
-    multiples: dict[str, int] = {}
-    for guard in shape_env.guards:
-        expr = shape_env.replace(guard.expr).xreplace(out)
-        if not expr.is_Equality:
-            continue
-        for a, b in (expr.args, expr.args[::-1]):
-            if type(a).__name__ in ("Mod", "PythonMod") and b == 0 and a.args[0].is_Symbol and a.args[1].is_Integer:
-                multiples[a.args[0].name] = int(a.args[1])
-            if a.is_Symbol and not b.has(a):
-                out = {k: v.xreplace({a: b}) for k, v in out.items()} | {a: b}
-                break
-    return out, multiples
-
-
-def _range_of(shape_env: Any, symbol: Any) -> tuple[int, int]:
-    found = shape_env.var_to_range.get(symbol)
-    if found is None:
-        return 0, UNBOUNDED
-    lo = int(found.lower) if found.lower.is_Integer else 0
-    hi = int(found.upper) if found.upper.is_Integer else UNBOUNDED
-    return max(lo, 0), min(hi, UNBOUNDED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -431,18 +285,21 @@ def lower(
 
     `roles` gives input, weight, state or constant by placeholder (default input).  An input that some step writes
     becomes a state.  `refused`: operators that must stay externs, with the reason.  `symbols`: names for some of the shape
-    environment's symbols; the others become s0, s1, … in order of appearance.  Raises LoweringError for what a program cannot carry at all.
+    environment's symbols; the others become s0, s1, … in order of appearance.  Raises CaptureError for what a program cannot carry at all.
     """
     lowering = Lowering(name, refused, symbols)
     results: list[object] = []
     for node in graph.nodes:
-        if node.op == "placeholder":
-            _declare_input(lowering, node, roles.get(str(node.target), "input"))
-        elif node.op == "call_function":
-            lowering.lower_call(node)
-        elif node.op == "output":
-            results = [_result(lowering, v) for v in node.args[0]]
-    return Lowered(_finish(lowering, results), results, lowering.renamed)
+        try:
+            if node.op == "placeholder":
+                _declare_input(lowering, node, roles.get(str(node.target), "input"))
+            elif node.op == "call_function":
+                lowering.lower_call(node)
+            elif node.op == "output":
+                results = [_result(lowering, v) for v in node.args[0]]
+        except NotLowered as refusal:  # not even an extern's operand or result
+            raise CaptureError(f"no program carries this graph: {refusal}", where=str(node.target)) from refusal
+    return Lowered(_finish(lowering, results), results, lowering.sizes.names)
 
 
 def _declare_input(lowering: Lowering, node: fx.Node, role: str) -> None:
@@ -452,10 +309,14 @@ def _declare_input(lowering: Lowering, node: fx.Node, role: str) -> None:
         lowering.of_node[node] = lowering.add_buffer(name, value, role)
         if twin is not None:
             lowering.shared_inputs |= {twin, name}
-        lowering.declare_symbols(name, value)
+        # a symbol is known from the first dimension (else stride) that is exactly it
+        for kind, sizes in (("dim", value.shape), ("stride", value.stride())):
+            for k, size in enumerate(sizes):
+                if isinstance(size, torch.SymInt):
+                    lowering.sizes.declare(size, (kind, name, k))
     elif isinstance(value, torch.SymInt):
         lowering.buffers[name] = Buffer(name, "i64", (), "scalar")
-        lowering._declare(value, ("scalar", name))
+        lowering.sizes.declare(value, ("scalar", name))
     else:
         lowering.buffers[name] = Buffer(name, "i64", (), "opaque")
 
@@ -469,20 +330,20 @@ def _result(lowering: Lowering, value: Any) -> object:
 def _finish(lowering: Lowering, results: Sequence[object]) -> Program:
     written = {lowering._root(n) for s in lowering.steps for n in s.writes}
     if written & lowering.shared_inputs:
-        raise LoweringError(f"the input '{min(written & lowering.shared_inputs)}' is written and shares memory with another input")
+        raise CaptureError(f"the input '{min(written & lowering.shared_inputs)}' is written and shares memory with another input")
     buffers = []
     for b in lowering.buffers.values():
         root = lowering.buffers[lowering._root(b.name)]
         role = "state" if root.name in written and root.role == "input" else root.role
         buffers.append(b if b.role == role else Buffer(b.name, b.dtype, b.shape, role, b.strides, b.alias_of))
     outputs = tuple(dict.fromkeys(r for r in results if isinstance(r, str) and r in lowering.buffers))
-    missing = sorted(_free_symbols(lowering) - set(lowering.symbols))
+    missing = sorted(_free_symbols(lowering) - set(lowering.sizes.declared))
     if missing:
-        raise LoweringError(f"symbols {', '.join(missing)} have no source among the inputs", where=lowering.name)
-    return Program(lowering.name, tuple(lowering.symbols.values()), tuple(buffers), tuple(lowering.steps), outputs)
+        raise CaptureError(f"symbols {', '.join(missing)} have no source among the inputs", where=lowering.name)
+    return Program(lowering.name, tuple(lowering.sizes.declared.values()), tuple(buffers), tuple(lowering.steps), outputs)
 
 
 def _free_symbols(lowering: Lowering) -> set[str]:
-    known = set(lowering.renamed.values())
+    known = set(lowering.sizes.names.values())
     return {n for b in lowering.buffers.values() for i in (*b.shape, *b.layout) for n in i.names() if n in known}
 

@@ -140,6 +140,10 @@ def _binary(op: str) -> Pointwise:
     return Pointwise(lambda b, x, y: b.op(op, x, y))
 
 
+def _is_special(op: str) -> Callable[..., Value]:
+    return lambda b, x: b.constant(False, "b1") if _integral(x) else b.op(op, x)
+
+
 def _lerp(b: Body, x: Value, y: Value, w: Operand) -> Value:
     low, high = x + (y - x) * w, y - (y - x) * (1.0 - w)
     if isinstance(w, Value):
@@ -184,8 +188,8 @@ POINTWISE: dict[str, Pointwise] = {
     "aten.addcdiv": Pointwise(lambda b, x, y, z, value=1: x + _scaled(b, y, value) / z),
     "aten.where": Pointwise(lambda b, c, x, y: b.op("where", c, x, y)),
     "aten.masked_fill": Pointwise(lambda b, x, m, value: b.op("where", m, value, x)),
-    "aten.isnan": Pointwise(lambda b, x: b.op("isnan", x), "operands"),
-    "aten.isinf": Pointwise(lambda b, x: b.op("isinf", x), "operands"),
+    "aten.isnan": Pointwise(_is_special("isnan"), "operands"),
+    "aten.isinf": Pointwise(_is_special("isinf"), "operands"),
     "aten.logical_and": Pointwise(_logical("and"), "none"),
     "aten.logical_or": Pointwise(_logical("or"), "none"),
     "aten.logical_xor": Pointwise(_logical("xor"), "none"),

@@ -13,7 +13,8 @@ from flagtree.ir.dtypes import DTYPES
 from flagtree.ir.index import ZERO, Bounds, Index, flatten, remainder, unflatten
 from flagtree.ir.program import Access, BodyOp, Buffer, Compute, Extern, IndexValue, Kernel, Load, Program, Reduce, Repeat, Scan, Store
 from flagtree.passes.base import Fuel, Report
-from flagtree.passes.rewrite import bounds, defined, map_kernels, prune, rename, renumber
+from flagtree.passes.common_kernels import join_equal_kernels
+from flagtree.passes.rewrite import bounds, defined, dtypes_of, map_kernels, prune, rename, renumber
 from flagtree.targets.base import Target
 
 
@@ -32,7 +33,7 @@ class Canonicalize:
             report.rewrites += new is not kernel
             return new
 
-        new = drop_dead(map_kernels(program, change))
+        new = drop_dead(join_equal_kernels(map_kernels(program, change)))
         report.rewrites += new is not program
         return new, report
 
@@ -66,10 +67,10 @@ def _mask_limits(body: tuple[BodyOp, ...], ranges: Bounds) -> dict[str, Limits]:
             continue
         if op.op == "and":
             out[op.name] = _both(*(out.get(a, {}) if isinstance(a, str) else {} for a in op.args))
-        elif op.op in ("lt", "le", "gt", "ge") and isinstance(op.args[0], str) and (axis := exprs.get(op.args[0], ZERO).name) in ranges.limits:
-            right = op.args[1]
+        elif op.op in ("lt", "le", "gt", "ge"):
+            axis, right = exprs.get(str(op.args[0]), ZERO).name, op.args[1]
             end = exprs.get(right) if isinstance(right, str) else Index.of(int(right))
-            if end is not None and axis is not None:
+            if end is not None and axis is not None and axis in ranges.limits:
                 lo, hi = ranges.limits[axis]
                 out[op.name] = {axis: {"lt": (lo, end - 1), "le": (lo, end), "gt": (end + 1, hi), "ge": (end, hi)}[op.op]}
     return out
@@ -165,7 +166,7 @@ def _exact(source: str, target: str) -> bool:
 
 def _fold_casts(body: tuple[BodyOp, ...]) -> tuple[BodyOp, ...]:
     """x -> y -> z loses the middle step when x -> y is exact; a cast to the same type is its operand."""
-    dtype = {n: (op.dtypes[k] if isinstance(op, Reduce) else op.dtype) for op in body for k, n in enumerate(defined(op))}
+    dtype = {n: t for op in body for n, t in zip(defined(op), dtypes_of(op), strict=True)}
     source: dict[str, str] = {}  # a cast's name -> its operand
     same: dict[str, str] = {}
     out: list[BodyOp] = []
@@ -302,7 +303,8 @@ def drop_dead(program: Program) -> Program:
         steps.append(step)
     steps.reverse()
     buffers = _used_buffers(program, steps)
-    if len(buffers) == len(program.buffers) and len(steps) == len(program.steps) and all(a is b for a, b in zip(steps, program.steps, strict=True)):
+    same = len(steps) == len(program.steps) and all(a is b for a, b in zip(steps, program.steps, strict=True))
+    if same and len(buffers) == len(program.buffers):
         return program
     return program.with_(steps=tuple(steps), buffers=buffers)
 

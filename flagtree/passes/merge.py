@@ -37,11 +37,15 @@ def can_merge(program: Program, a: Kernel, b: Kernel, kept: frozenset[str]) -> L
         return _refused(a, b, "an access through a view that has no index form")
     if (a.numerics.rounding, a.numerics.fp_contract) != (b.numerics.rounding, b.numerics.fp_contract):
         return _refused(a, b, "numerics policies differ")
+    if twice := sorted(set(a.writes) & set(b.writes)):
+        return _refused(a, b, f"'{twice[0]}' is written by both")
     for name in flowing:
         if (why := _store_refusal(a, name)) is not None:
             return _refused(a, b, why)
     base = _base_mapping(a, b, flowing)
     if base is None:
+        if again := sorted(set(a.reads) & set(b.writes)):
+            return _refused(a, b, f"'{again[0]}' would be read at moved points while it is written")
         return _inline(a, b, flowing, kept)
     legal = _complete(a, b, base, flowing, kept)
     if isinstance(legal, Legal) and (why := _hazard(a, b, legal)) is not None:

@@ -82,7 +82,7 @@ def _options(cls: type, text: str) -> dict[str, object]:
         key, _, value = (x.strip() for x in item.partition("="))
         if key not in fields:
             raise UnknownName(f"option of {cls.name}", key, fields)  # type: ignore[attr-defined]
-        default = fields[key].default
+        default = getattr(cls, key)
         try:
             out[key] = value == "true" if isinstance(default, bool) else type(default)(value)
         except ValueError as error:

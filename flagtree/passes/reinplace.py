@@ -14,7 +14,6 @@ from flagtree.ir.program import Access, Extern, Kernel, Load, Operand, Program, 
 from flagtree.passes.base import Fuel, Refused, Report
 from flagtree.targets.base import Target
 
-
 # functional operator -> the one that writes its first operand
 IN_PLACE = {
     f"aten.{n}.{o}": f"aten.{n}_.{o}"
@@ -89,7 +88,7 @@ def _changes_copy(step: Step, state: str, temp: str) -> bool:
 
 
 def _rewritten(program: Program, state: str, temp: str, first: int | None, back: int) -> Program:
-    steps = []
+    steps: list[Step] = []
     for k, step in enumerate(program.steps):
         if k == first and isinstance(step, Extern):
             steps.append(replace(step, callee=IN_PLACE[step.callee], outputs=(None,), mutates=(state,)))

@@ -7,6 +7,7 @@ and intermediates by name.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -57,7 +58,7 @@ class _Pairing:
         self.program, self.layers = program, layers
 
     def check_all(self, starts: list[int], period: int) -> None:
-        if any(b - a != period for a, b in zip(starts, starts[1:], strict=False)) or starts[-1] + period > len(self.program.steps):
+        if any(b - a != period for a, b in itertools.pairwise(starts)) or starts[-1] + period > len(self.program.steps):
             raise IRError("the captured layers have different numbers of steps", where=self.program.name)
         for k in range(1, len(starts)):
             self.pair(starts[0], starts[k], period, k + 1)

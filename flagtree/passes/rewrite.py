@@ -26,6 +26,13 @@ def defined(op: BodyOp) -> tuple[str, ...]:
     return op.names if isinstance(op, Reduce) else (op.name,)
 
 
+def dtypes_of(op: BodyOp) -> tuple[str, ...]:
+    """The types of the values an op defines."""
+    if isinstance(op, Store):
+        return ()
+    return op.dtypes if isinstance(op, Reduce) else (op.dtype,)
+
+
 def used(op: BodyOp) -> tuple[str, ...]:
     """The values an op reads, SSA integers in indices included (axes and symbols appear too; callers know the values)."""
     if isinstance(op, (Load, Store)):

@@ -30,7 +30,9 @@ def has_device(capability: int) -> bool:
             device = ctypes.c_int()
             if driver.cuDeviceGet(ctypes.byref(device), k):
                 continue
-            failed = driver.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device) or driver.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device)
+            failed = driver.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device) or driver.cuDeviceGetAttribute(
+                ctypes.byref(minor), _MINOR, device
+            )
             found = major.value * 10 + minor.value
             if not failed and (found == capability or (capability < 90 and found // 10 == capability // 10 and found >= capability)):
                 return True

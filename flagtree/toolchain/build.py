@@ -5,6 +5,7 @@ Equal digests are built once; the toolchain that the target names does the rest.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Sequence
 from typing import Protocol
@@ -28,7 +29,7 @@ class Toolchain(Protocol):
 
 
 def toolchain_of(target: Target) -> Toolchain:
-    return importlib.import_module(f"flagtree.toolchain.{target.toolchain}")  # type: ignore[return-value]
+    return importlib.import_module(f"flagtree.toolchain.{target.toolchain}")
 
 
 def key_factors(digest: str, target: Target, versions: dict[str, str]) -> KeyFactors:
@@ -65,8 +66,7 @@ def _stored(store: Store, digest: str, key: KeyFactors) -> BuiltKernel | None:
 
 
 def _keep(store: Store, built: BuiltKernel, key: KeyFactors) -> None:
-    meta = {"tier": built.tier, "missing": built.missing, "launch": dict(built.launch), "facts": dict(built.facts), "factors": dict(key.factors)}
-    try:
-        store.put("kernel", key.digest(), dict(built.files), meta)
-    except StoreError:
-        pass  # a store that cannot be written makes the next build slow, not this one wrong; the caller reports it once
+    meta = {"tier": built.tier, "missing": built.missing, "launch": dict(built.launch), "facts": dict(built.facts)}
+    # a store that cannot be written makes the next build slow, not this one wrong; the caller reports it once
+    with contextlib.suppress(StoreError):
+        store.put("kernel", key.digest(), dict(built.files), {**meta, "factors": dict(key.factors)})

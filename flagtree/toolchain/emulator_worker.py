@@ -60,7 +60,7 @@ class Worker:
 
     def host_object(self, text: str) -> bytes:
         """x86-64 object code; no fused multiply-add that the text does not ask for."""
-        arguments = (text, TRIPLE, self.processor, "", [], False, True)
+        arguments: tuple[object, ...] = (text, TRIPLE, self.processor, "", [], False, True)
         try:
             return bytes(self.llvm.translate_to_asm(*arguments, False))  # 3.8 and 3.9: canonicalize_gep
         except TypeError:
@@ -95,7 +95,7 @@ class Worker:
                 getattr(self.kernels[request["key"]], ENTRY), slots, blocks, ctypes.c_int64(len(blocks) // 3), request["threads"],
                 request["shared"], request["order"], ctypes.c_uint64(request["seed"]), ctypes.byref(report),
             )  # fmt: skip
-            answer = {name: getattr(report, name) for name, _ in Report._fields_}
+            answer = {field[0]: getattr(report, field[0]) for field in Report._fields_}
             return {**answer, "starts": [start for start, _ in mapped]}
         finally:
             for start, size in mapped:

@@ -6,6 +6,7 @@ its kernel.  Place in the flow: after codegen.triton; gives BuiltKernel to the b
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import subprocess
@@ -14,7 +15,6 @@ import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ class Workers:
     def submit(self, source: TritonSource, gpu: tuple[str, object, int], options: Mapping[str, object], stages: Sequence[str],
                prepare: str | None = None) -> Future[Compiled]:  # fmt: skip
         """Compile one source; the future raises ToolchainError with the compiler's own message."""
-        request = {
+        request: dict[str, object] = {
             "function": source.function, "signature": source.signature, "constexprs": source.constexprs, "aligned": source.aligned,
             "gpu": gpu, "stages": list(stages), "prepare": prepare,
             "options": {"num_warps": source.warps, "num_stages": source.stages, "enable_fp_fusion": source.fp_contract, **options},
@@ -88,15 +88,14 @@ class Workers:
             return Compiled(files, answer["variants"])
 
     def _take(self) -> _Worker:
-        try:
+        with contextlib.suppress(queue.Empty):
             return self.idle.get_nowait()
-        except queue.Empty:
-            with self.lock:
-                if self.closed:
-                    raise ToolchainError("the build was stopped")
-                worker = _Worker(self.python, self.folder, len(self.started))
-                self.started.append(worker)
-            return worker
+        with self.lock:
+            if self.closed:
+                raise ToolchainError("the build was stopped")
+            worker = _Worker(self.python, self.folder, len(self.started))
+            self.started.append(worker)
+        return worker
 
     def close(self) -> None:
         """End every process, whatever it is doing, and start no other."""
@@ -117,7 +116,9 @@ class _Worker:
         home.mkdir()
         script = Path(__file__).with_name("triton_worker.py")
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen([python, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, encoding="utf-8")
+            self.process = subprocess.Popen(
+                [python, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, encoding="utf-8"
+            )
         root = Path(__file__).resolve().parents[2]
         self._send({"folder": str(home), "cache": str(home / "cache"), "root": str(root)})
 
@@ -161,7 +162,7 @@ class _Worker:
         self.process.wait()
 
 
-@contextmanager
+@contextlib.contextmanager
 def workers(jobs: int, seconds: float = SECONDS) -> Iterator[Workers]:
     """Workers in a temporary folder of their own, gone afterwards.  ToolchainError without a usable Triton."""
     check_triton()
@@ -205,8 +206,8 @@ def launch_record(source: TritonSource, compiled: Compiled, binary: str) -> dict
         }  # fmt: skip
     first = next(iter(compiled.variants.values()))
     return {
-        "function": source.function, "grid": list(source.grid), "signature": [list(s) for s in source.signature], "threads": first["threads"],
-        "warps": source.warps, "shared": max(f["shared"] for f in compiled.variants.values()), "variants": variants,
+        "function": source.function, "grid": list(source.grid), "signature": [list(s) for s in source.signature],
+        "threads": first["threads"], "warps": source.warps, "shared": max(f["shared"] for f in compiled.variants.values()), "variants": variants,
     }  # fmt: skip
 
 
@@ -217,11 +218,18 @@ def check_limits(source: TritonSource, compiled: Compiled, target: Target) -> No
         if facts["scratch"]:
             raise ToolchainError("the kernel needs scratch memory at launch", where=where, why=f"{facts['scratch']} bytes an instance")
         if facts["shared"] > target.shared_bytes:
-            raise ToolchainError("the kernel needs too much shared memory", where=where, why=f"{facts['shared']} of {target.shared_bytes} bytes", hint="a smaller tile")
+            raise ToolchainError(
+                "the kernel needs too much shared memory",
+                where=where,
+                why=f"{facts['shared']} of {target.shared_bytes} bytes",
+                hint="a smaller tile",
+            )
         if facts["threads"] > target.max_threads:
             raise ToolchainError("the kernel needs too many threads", where=where, why=f"{facts['threads']} of {target.max_threads}")
         if "arguments" in facts and not 0 <= facts["arguments"] - len(source.signature) <= 4:
-            raise ToolchainError("the kernel's arguments cannot be counted", where=where, why=f"{facts['arguments']} for {len(source.signature)} of ours")
+            raise ToolchainError(
+                "the kernel's arguments cannot be counted", where=where, why=f"{facts['arguments']} for {len(source.signature)} of ours"
+            )
 
 
 def _built(digest: str, source: TritonSource, compiled: Compiled, target: Target) -> BuiltKernel:

@@ -22,10 +22,10 @@ def test_kernels_are_counted_by_digest() -> None:
     assert doubled.kernels == 3
 
 
-def test_json_is_one_canonical_line_and_gives_the_report_back() -> None:
+def test_json_is_one_line_and_gives_the_report_back() -> None:
     text = report().to_json()
     assert "\n" not in text
-    assert list(json.loads(text)) == sorted(json.loads(text))
+    assert list(json.loads(text)["bundles"][0]["seconds"]) == ["capture", "passes", "kernels"]
     assert CompileReport.from_json(text) == report()
     assert json.loads(text)["bundles"][0]["parts"][0]["totals"]["calls_extern"] == 288
 

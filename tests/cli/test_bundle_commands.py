@@ -8,6 +8,7 @@ import pytest
 
 from flagtree.artifact.bundle import write_bundle
 from flagtree.artifact.trust import record_built
+from flagtree.cli.inspect import numbered
 from tests.cli.conftest import Flagtree
 from tests.cli.reports import SDK, report
 
@@ -37,16 +38,16 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FLAGTREE_CACHE_DIR", str(tmp_path / "store"))
     path = tmp_path / "größe 1" / "qwen3"
     path.parent.mkdir()
-    extra = {"refusals": [{"pass": "fuse_pointwise", "steps": ["k3", "k5"], "reason": "cycle through k4"}]}
-    write_bundle(path, name="qwen3", target="metax", parts={"prefill": {**LAUNCH, **extra}}, kernels=[Built()],
-                 versions={"flagtree": "0.1.0"}, certificate={"kernels": {DIGEST: {"executed": "maca-ir (emulated)", "rms": 0.25}}})
+    write_bundle(path, name="qwen3", target="metax", parts={"prefill": LAUNCH}, kernels=[Built()],
+                 versions={"flagtree": "0.1.0"}, coverage={"prefill": {"symbols": {}, "refused": ["k3 + k5: cycle through k4"]}},
+                 certificate={"kernels": {DIGEST: {"executed": "maca-ir (emulated)", "rms": 0.25}}})
     return path
 
 
 def test_inspect_shows_what_the_launch_list_tells(flagtree: Flagtree, bundle: Path) -> None:
     ended = flagtree("inspect", str(bundle))
     assert ended.code == 0, ended.err
-    for fact in ("36 launches", "36 calls", "1 weights", "1 at tier llir", "beyond llir", "flagtree 0.1.0", "no; running it needs"):
+    for fact in ("36 launches", "36 calls", "1 weights", "1 at tier llir", "mcfatbin", "flagtree 0.1.0", "no; running it needs"):
         assert fact in " ".join(ended.out.split()), fact
     facts = json.loads(flagtree("inspect", str(bundle), "--json").out)
     assert facts["trusted"] is False
@@ -54,10 +55,14 @@ def test_inspect_shows_what_the_launch_list_tells(flagtree: Flagtree, bundle: Pa
     assert json.loads(flagtree("inspect", str(bundle), "--json").out)["trusted"] is True
 
 
+def test_numbered_names_are_shown_as_a_range() -> None:
+    assert numbered(["ids", "k.0", "k.1", "k.2", "v.0", "v.1", "x1", "x2", "x3"]) == "ids, k.0 to k.2, v.0, v.1, x1, x2, x3"
+
+
 def test_inspect_shows_the_report_that_the_compiler_stored(flagtree: Flagtree, tmp_path: Path) -> None:
     part = report().bundles[0].parts[0]
-    launch = {**LAUNCH, "report": json.loads(json.dumps(part.to_dict()))}
-    write_bundle(tmp_path / "b", name="qwen3", target="metax", parts={"prefill": launch}, kernels=[Built()])
+    coverage = {"prefill": {"report": json.loads(json.dumps(part.to_dict()))}}
+    write_bundle(tmp_path / "b", name="qwen3", target="metax", parts={"prefill": LAUNCH}, kernels=[Built()], coverage=coverage)
     out = flagtree("inspect", str(tmp_path / "b")).out
     for fact in ("add_rms_norm", "352 MB", "67.1 MB", "aten.linear.default", "14 launches"):
         assert fact in out
@@ -65,8 +70,8 @@ def test_inspect_shows_the_report_that_the_compiler_stored(flagtree: Flagtree, t
 
 @pytest.mark.parametrize(
     ("topic", "said"),
-    [("extern", "36  aten.linear.default: gemm"), ("fusion", "fuse_pointwise: k3 + k5: cycle through k4"),
-     ("tiers", f"llir; missing for the next: {SDK}"), ("trust", "--trust "), ("certificate", "executed: maca-ir (emulated)")],
+    [("extern", "36  aten.linear.default: gemm"), ("fusion", "1 refused\n  k3 + k5: cycle through k4"),
+     ("tiers", f"llir; missing: {SDK}"), ("trust", "--trust "), ("certificate", "executed: maca-ir (emulated)")],
 )
 def test_explain_shows_the_evidence(flagtree: Flagtree, bundle: Path, topic: str, said: str) -> None:
     ended = flagtree("explain", topic, str(bundle))

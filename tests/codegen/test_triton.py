@@ -20,7 +20,7 @@ from flagtree.ir.program import Kernel, Schedule
 from flagtree.toolchain import maca
 from flagtree.toolchain.emulator import execute_built, missing
 from flagtree.toolchain.triton_aot import Workers, workers
-from tests.codegen.triton_kernels import _N, METAX, SM80, SM90, TEXTS, buffers, isolated, keyed, reference
+from tests.codegen.triton_kernels import METAX, NUMERICS, SM80, SM90, TEXTS, buffers, isolated, keyed, reference
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "triton"
 GOLDEN_NAMES = ("residual", "rotary", "silu_mul", "softmax", "layernorm", "cross_entropy", "argmax", "scatter_add")
@@ -35,7 +35,7 @@ def source(name: str, schedule: Schedule | None = None) -> TritonSource:
 
 
 def generate_text(body: str, head: str = "  symbol s0 in 1..64 from dim x 0\n", target=SM90) -> TritonSource:  # type: ignore[no-untyped-def]
-    return generate(parse_program("program p\n" + head + re.sub(r"(  kernel .*)", rf"\1 {_N}", body)), "0" * 64, target)
+    return generate(parse_program("program p\n" + head + re.sub(r"(  kernel .*)", rf"\1 {NUMERICS}", body)), "0" * 64, target)
 
 
 # -- text ------------------------------------------------------------------------------------------------------------
@@ -85,7 +85,12 @@ def test_offsets_are_64_bits_only_where_they_may_pass_2_to_31() -> None:
     assert ".to(tl.int64) * 4096" in source("rmsnorm").text
     assert "int64" not in _code(source("softmax"))  # 64 * 40960 elements
     assert "(i1.to(tl.int64) * 24576 + 12288) + i2)" in source("silu_mul").text
-    flat = _ROW.format(t="f32", op="neg a0").replace("[s0, 40]", "[s0, s1, 40]").replace("i0 < s0", "i0 < s0, i2 < s1").replace("[i0, i1]", "[i0, i2, i1]")
+    flat = (
+        _ROW.format(t="f32", op="neg a0")
+        .replace("[s0, 40]", "[s0, s1, 40]")
+        .replace("i0 < s0", "i0 < s0, i2 < s1")
+        .replace("[i0, i1]", "[i0, i2, i1]")
+    )
     many = generate_text(flat, "  symbol s0 in 1..64 from dim x 0\n  symbol s1 in 1..40000000 from dim x 1\n")
     assert "i1_start = x.to(tl.int64) * 1024" in many.text and "m_i1 = i1 < (s0.to(tl.int64) * s1 * 40)" in many.text
 
@@ -118,7 +123,11 @@ def test_a_multiple_that_a_symbol_promises_needs_no_mask() -> None:
 def test_the_schedule_is_kept_and_the_default_is_a_function_of_the_text() -> None:
     asked = Schedule("r0", (("r0", 4096),), (), 16, 1)
     assert source("rmsnorm", asked).warps == 16
-    assert default_schedule(isolated("rmsnorm"), SM90) == default_schedule(isolated("rmsnorm"), SM90) == Schedule("r0", (("r0", 4096),), (), 8, 1)
+    assert (
+        default_schedule(isolated("rmsnorm"), SM90)
+        == default_schedule(isolated("rmsnorm"), SM90)
+        == Schedule("r0", (("r0", 4096),), (), 8, 1)
+    )
     assert default_schedule(isolated("rmsnorm_long"), SM90).loop == ("r0",)
     assert default_schedule(isolated("columns"), SM90).lane == "i0"
     assert default_schedule(isolated("rmsnorm"), METAX).warps * METAX.warp <= METAX.max_threads
@@ -139,7 +148,46 @@ def test_axes_that_never_meet_share_a_dimension() -> None:
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------
-_ROW = "  buffer x: {t}[s0, 40] input\n  buffer y: {t}[s0, 40] temp\n  kernel k {{i0 < s0, i1 < 40}}\n    a0: {t} = load x[i0, i1]\n    a1: {t} = {op}\n    store y[i0, i1] = a1\n  outputs y\n"
+_ROW = """  buffer x: {t}[s0, 40] input
+  buffer y: {t}[s0, 40] temp
+  kernel k {{i0 < s0, i1 < 40}}
+    a0: {t} = load x[i0, i1]
+    a1: {t} = {op}
+    store y[i0, i1] = a1
+  outputs y
+"""
+_SCATTER = """  buffer x: bf16[s0, 40] input
+  buffer j: i64[s0] input
+  buffer y: bf16[9, 40] state
+  kernel k {i0 < s0, i1 < 40}
+    a0: bf16 = load x[i0, i1]
+    j0: i64 = load j[i0]
+    store.add y[j0, i1] = a0
+  outputs y
+"""
+_SHARED = """  buffer x: f32[s0, 5000] input
+  buffer y: f32[s0] state
+  buffer z: f32[s0, 5000] temp
+  kernel k {i0 < s0, i1 < 5000}
+    a0: f32 = load x[i0, i1]
+    c: f32 = load y[i0]
+    a1: f32 = add a0, c
+    d: f32 = add c, 1.0
+    store z[i0, i1] = a1
+    store y[i0] = d
+  outputs z, y
+"""
+_NESTED = """  symbol s1 in 1..9000000 from dim x 1
+  buffer x: f32[s0, s1] input
+  buffer y: f32[s0] temp
+  kernel k {} reduce {r0 < s0, r1 < s1}
+    a0: f32 = load x[r0, r1]
+    a1: f32 = sum a0 over r1
+    store y[r0] = a1
+    a2: f32 = max a1 over r0
+    store y[0] = a2
+  outputs y
+"""
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,12 @@ BINARY: dict[str, tuple[str, str, float]] = {
     "pow": ("positive", "small", 3), "atan2": ("wide", "small", 5), "div": ("wide", "small", 0.5), "copysign": ("wide", "small", 0),
     "min": ("wide", "small", 0), "max": ("wide", "small", 0),
 }  # fmt: skip
-REFERENCE: dict[str, Callable[..., torch.Tensor]] = {"erf": torch.special.erf, "erfc": torch.special.erfc, "min": torch.minimum, "max": torch.maximum}
+REFERENCE: dict[str, Callable[..., torch.Tensor]] = {
+    "erf": torch.special.erf,
+    "erfc": torch.special.erfc,
+    "min": torch.minimum,
+    "max": torch.maximum,
+}
 SPECIAL = [0.0, -0.0, math.inf, -math.inf, math.nan, 1.0, -1.0, 1e-40, -1e-40, 0.5, 88.0, -88.0, 2.5, -2.5, 3.0, -3.0, 1e30, -1e30]
 
 
@@ -108,7 +113,7 @@ def test_special_values(kind: str) -> None:
     else:
         grid = torch.cartesian_prod(x, x)
         args = (grid[:, 0].contiguous(), grid[:, 1].contiguous())
-        found = _execute({}, {op: 0 for op in BINARY}, list(args))
+        found = _execute({}, dict.fromkeys(BINARY, 0), list(args))
     for op, got in found.items():
         truth = _truth(op, *args).float()
         big = (args[0].abs() > 1e9) & (args[0].abs() < math.inf) if op in ("sin", "cos", "tan") else torch.zeros_like(got, dtype=torch.bool)

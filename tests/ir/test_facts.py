@@ -27,7 +27,9 @@ def splits(draw: st.DrawFn) -> tuple[Index, ...]:
     flat = draw(st.sampled_from(["i", "j", "k"]))
     whole = draw(st.sampled_from([Index.of(flat), Index.of("i") * 5 + "k", Index.of("j") * 5 + "k", Index.of("k") * "s" + "i"]))
     d, e = draw(positive()), draw(positive())
-    return draw(st.sampled_from([(whole,), (whole // d, whole % d), (whole // (d * e), whole // e % d, whole % e), (whole // d, Index.of("k"))]))
+    return draw(
+        st.sampled_from([(whole,), (whole // d, whole % d), (whole // (d * e), whole // e % d, whole % e), (whole // d, Index.of("k"))])
+    )
 
 
 @given(st.one_of(splits(), st.lists(indices(2), min_size=1, max_size=3).map(tuple)))

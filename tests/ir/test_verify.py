@@ -288,6 +288,26 @@ def test_a_race_of_parallel_points_in_place_is_refused() -> None:
         verify(parse_program(text))
 
 
+def test_a_repeat_hides_no_alias() -> None:
+    text = """program p
+  buffer x: f32[8] state
+  buffer y: f32[8] state
+  buffer a: f32[8] temp
+  buffer b: f32[8] temp
+  repeat r 2 bind a = (x, y), b = (y, x)
+    kernel k {i < 8} numerics(eager, contract=off, acc=f32)
+      v: f32 = load a[i]
+      store b[i] = v
+  outputs x
+"""
+    verify(parse_program(text))
+    for change in (("b = (y, x)", "b = (y, y)"), ("load a[i]", "load y[i]")):
+        with pytest.raises(IRError, match="repeat-bindings"):
+            verify(parse_program(text.replace(*change)))
+    # what is only read may be bound twice
+    verify(parse_program(text.replace("b = (y, x)", "b = (x, y)").replace("store b[i] = v", "w: f32 = load b[i]")))
+
+
 def test_a_gemm_epilogue_is_checked() -> None:
     text = """program p
   buffer a: f16[8, 4] input
@@ -312,4 +332,4 @@ def test_a_thousand_kernels_take_less_than_a_second() -> None:
     big = Program("big", program.symbols, program.buffers, (*program.steps, *many), program.outputs)
     start = time.process_time()
     verify(big)
-    assert time.process_time() - start < 1.0 * 3  # measured 0.6 s; the factor is for a loaded machine
+    assert time.process_time() - start < 1.0  # measured 0.5 to 0.7 s

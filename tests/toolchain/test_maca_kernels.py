@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from _pytest.mark.structures import ParameterSet
 
 from flagtree.codegen.triton import generate
 from flagtree.errors import FlagtreeError
@@ -26,6 +27,10 @@ from tests.toolchain.maca_programs import CASES, Case, Tensors
 pytestmark = pytest.mark.skipif(bool(emulator.missing()), reason=emulator.missing())
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 KEYS = [(name, dtype) for name in CASES for dtype in DTYPES]
+
+
+def full(name: str) -> ParameterSet:
+    return pytest.param(name, marks=pytest.mark.full)
 
 
 def isolated(name: str, dtype: str) -> Isolated:
@@ -149,7 +154,7 @@ def rebuilt(pool: Workers, kernel: BuiltKernel, name: str, dtype: str, text: str
     return maca.build_sources([(kernel.digest, source)], find_target("metax"), pool)[0]
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "residual_norm", "softmax", "argmax", "layer_norm"])
+@pytest.mark.parametrize("name", ["rms_norm", "softmax", "argmax", full("residual_norm"), full("layer_norm")])
 def test_deleting_any_barrier_that_orders_a_reduction_is_seen(built: dict[tuple[str, str], BuiltKernel], name: str) -> None:
     kernel = built[name, "f32"]
     text, barrier = kernel.files["generic.llir"].decode(), "  call void @llvm.mxc.barrier()\n"
@@ -163,7 +168,7 @@ def test_deleting_any_barrier_that_orders_a_reduction_is_seen(built: dict[tuple[
     assert survives(name, "f32", kernel)
 
 
-@pytest.mark.parametrize("name", ["rms_norm_odd", "softmax", "silu_mul", "concatenate", "layer_norm"])
+@pytest.mark.parametrize("name", ["softmax", "concatenate", full("silu_mul"), full("rms_norm_odd"), full("layer_norm")])
 def test_deleting_any_mask_is_seen(pool: Workers, built: dict[tuple[str, str], BuiltKernel], name: str) -> None:
     kernel = built[name, "f32"]
     text = kernel.files["kernel.py"].decode()
@@ -174,7 +179,7 @@ def test_deleting_any_mask_is_seen(pool: Workers, built: dict[tuple[str, str], B
         assert not survives(name, "f32", rebuilt(pool, kernel, name, "f32", broken)), f"nobody missed {mask[0]}"
 
 
-@pytest.mark.parametrize("name", ["residual_norm", "rotary_norm"])
+@pytest.mark.parametrize("name", ["residual_norm", full("rotary_norm")])
 def test_deleting_a_rounding_is_seen(pool: Workers, built: dict[tuple[str, str], BuiltKernel], name: str) -> None:
     """The interpreter's bits are the measure: a value that eager rounds to bf16 must be rounded where the next op is fused."""
     kernel = built[name, "bf16"]

@@ -25,7 +25,19 @@ from tests.codegen.triton_kernels import GFX942, SM80, SM90, TEXTS, keyed
 
 pytestmark = pytest.mark.skipif(bool(stock_triton.problem()), reason=stock_triton.problem() or "Triton is here")
 
-NAMES = ("rmsnorm", "residual", "rotary", "silu_mul", "softmax", "layernorm", "cross_entropy", "argmax", "cumsum", "rmsnorm_long", "columns")
+NAMES = (
+    "rmsnorm",
+    "residual",
+    "rotary",
+    "silu_mul",
+    "softmax",
+    "layernorm",
+    "cross_entropy",
+    "argmax",
+    "cumsum",
+    "rmsnorm_long",
+    "columns",
+)
 Built = dict[str, dict[str, BuiltKernel]]
 
 
@@ -65,7 +77,9 @@ def test_no_multiplication_is_contracted_with_an_addition(built: Built) -> None:
     for where, kernel in _each(built, GFX942):
         body = kernel.files["generic.amdgcn"].decode()
         kept = {"cross_entropy", "softmax", "argmax", "layernorm"}  # division, root and exp2 are expanded with fma, exactly
-        assert where.split()[0] in kept or "div" in kernel.files["kernel.py"].decode() or not re.search(r"v_(fma|mac|fmac|mad)_f32", body), where
+        assert (
+            where.split()[0] in kept or "div" in kernel.files["kernel.py"].decode() or not re.search(r"v_(fma|mac|fmac|mad)_f32", body)
+        ), where
 
 
 def test_contraction_is_an_option_of_the_kernel() -> None:
@@ -171,7 +185,12 @@ def test_limits_of_the_target_are_checked() -> None:
     source = _broken("")
     fine = {"shared": 0, "threads": 128, "scratch": 0, "arguments": len(source.signature) + 2}
     check_limits(source, Compiled({}, {"generic": fine}), SM90)
-    for bad, said in (({"scratch": 16}, "scratch"), ({"shared": 300_000}, "shared memory"), ({"threads": 2048}, "threads"), ({"arguments": -1}, "counted")):
+    for bad, said in (
+        ({"scratch": 16}, "scratch"),
+        ({"shared": 300_000}, "shared memory"),
+        ({"threads": 2048}, "threads"),
+        ({"arguments": -1}, "counted"),
+    ):
         with pytest.raises(ToolchainError, match=said):
             check_limits(source, Compiled({}, {"generic": {**fine, **bad}}), SM90)
 

@@ -16,7 +16,9 @@ def build(request: dict) -> str:
     spec.loader.exec_module(module)
     names = [name for name, _ in request["signature"]]
     attrs = AttrsDescriptor(divisible_by_16=tuple(k for k, n in enumerate(names) if n in request["aligned"]), equal_to_1=())
-    source = ASTSource(fn=getattr(module, request["function"]), signature=dict(enumerate(t for _, t in request["signature"])), constants={}, attrs=attrs)
+    source = ASTSource(
+        fn=getattr(module, request["function"]), signature=dict(enumerate(t for _, t in request["signature"])), constants={}, attrs=attrs
+    )
     options = {"num_warps": request["warps"], "num_stages": 1, "enable_fp_fusion": False}
     try:
         made = triton.compile(source, target=GPUTarget("cuda", 80, 32), options=options)

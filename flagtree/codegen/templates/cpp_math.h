@@ -29,10 +29,10 @@ template <class F, class V, class T> INLINE V lane_by_lane(F f, V x, V y, T *) {
 // 2^n for -126 <= n <= 127
 INLINE f32v power_of_two(i32v n) { return floats((n + 127) << 23); }
 //@ times_power_of_two
-// x * 2^n for -252 <= n <= 254, in two steps so that subnormal results round once
-INLINE f32v times_power_of_two(f32v x, i32v n) {
+// x * 2^k for whole k, -252 <= k <= 254, in two steps so that subnormal results round once; n is k as an integer
+INLINE f32v times_power_of_two(f32v x, f32v k, i32v n) {
 #if X86_BUILTINS && NATIVE_BYTES == 64 && WIDEST_BYTES == 4
-  return (f32v)__builtin_ia32_scalefps512_mask(x, to_f32(n), f32v{}, -1, 4);
+  return (f32v)__builtin_ia32_scalefps512_mask(x, k, f32v{}, -1, 4);
 #else
   i32v h = n >> 1;
   return x * power_of_two(h) * power_of_two(n - h);
@@ -53,7 +53,7 @@ INLINE f32v clamp(f32v x, f32 low, f32 high) {
 }
 //@ exp_reduced
 // x = n * ln 2 + r with |r| <= ln(2) / 2, and (exp(r) - 1 - r) / r^2
-struct exp_reduction { f32v r, tail; i32v n; };
+struct exp_reduction { f32v r, tail, k; i32v n; };
 INLINE exp_reduction exp_reduced(f32v x) {
   f32v shifted = x * 1.44269504088896341f + 12582912.f, k = shifted - 12582912.f;  // 1.5 * 2^23: rounds to an integer
   f32v r = (x - k * 0.693359375f) - k * -2.12194440e-4f;
@@ -62,25 +62,25 @@ INLINE exp_reduction exp_reduced(f32v x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  return {r, p, bits(shifted) - 0x4b400000};
+  return {r, p, k, bits(shifted) - 0x4b400000};
 }
 //@ exp_of
 INLINE f32v exp_of(f32v x) {
   x = clamp(x, -104.f, 89.f);
   exp_reduction e = exp_reduced(x);
-  return times_power_of_two(e.tail * (e.r * e.r) + e.r + 1.f, e.n);
+  return times_power_of_two(e.tail * (e.r * e.r) + e.r + 1.f, e.k, e.n);
 }
 INLINE f64v exp_of(f64v x) { return lane_by_lane([](f64 t) { return __builtin_exp(t); }, x); }
 //@ exp2_of
 INLINE f32v exp2_of(f32v x) {
   x = clamp(x, -151.f, 129.f);
-  f32v shifted = x + 12582912.f, r = x - (shifted - 12582912.f);
+  f32v shifted = x + 12582912.f, k = shifted - 12582912.f, r = x - k;
   f32v p = 1.535336188319500e-4f * r + 1.339887440266574e-3f;
   p = p * r + 9.618437357674640e-3f;
   p = p * r + 5.550332471162809e-2f;
   p = p * r + 2.402264791363012e-1f;
   p = p * r + 6.931472028550421e-1f;
-  return times_power_of_two(p * r + 1.f, bits(shifted) - 0x4b400000);
+  return times_power_of_two(p * r + 1.f, k, bits(shifted) - 0x4b400000);
 }
 INLINE f64v exp2_of(f64v x) { return lane_by_lane([](f64 t) { return __builtin_exp2(t); }, x); }
 //@ expm1_of

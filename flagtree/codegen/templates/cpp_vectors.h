@@ -97,8 +97,16 @@ INLINE i32v wrap_i16(i32v x) { return (x << 16) >> 16; }
 //@ round_bf16
 // to the nearest bf16, ties to even, kept as f32; a NaN stays a (quiet) NaN
 INLINE f32v round_bf16(f32v x) {
-  u32v u = (u32v)x, r = (u + 0x7fff + (u >> 16 & 1)) & 0xffff0000;
+  u32v u = (u32v)x;
+#if X86_BUILTINS && NATIVE_BYTES == 64 && WIDEST_BYTES == 4
+  i32v odd = splat(0x10000), even_up = (i32v)u + 0x7fff, quiet = splat(0x400000);  // masked adds: two instructions less
+  i32v r = __builtin_ia32_paddd512_mask((i32v)u, splat(0x8000), even_up, __builtin_ia32_ptestmd512((i32v)u, odd, -1));
+  r = __builtin_ia32_pord512_mask((i32v)u, quiet, r, __builtin_ia32_cmpps512_mask(x, x, 3, -1, 4));
+  return (f32v)((u32v)r & 0xffff0000);
+#else
+  u32v r = (u + 0x7fff + (u >> 16 & 1)) & 0xffff0000;
   return (f32v)(x == x ? r : u | 0x400000);
+#endif
 }
 //@ round_f16
 // to the nearest f16, ties to even, kept as f32: by integers where the result is normal, by adding 0.5 (whose last bit is the

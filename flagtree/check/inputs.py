@@ -1,0 +1,200 @@
+"""Inputs for one isolated kernel: sizes within the promised ranges, and seeded tensors that it may be run on.
+
+Equal kernel, sizes and seed give equal bits.  Integers that index memory stay where every access is in bounds; what the kernel only
+writes starts as NaN (or the smallest integer), so that an element left out shows.  The certificate runs kernels on these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from flagtree.ir.bounds import Bounds
+from flagtree.ir.dtypes import DTYPES
+from flagtree.ir.evaluate import torch_dtype
+from flagtree.ir.index import Index
+from flagtree.ir.program import Buffer, Compute, IndexValue, Kernel, Load, Program, Store, Symbol
+
+Tensor = torch.Tensor
+GUARD = 64  # elements before and after each tensor, so that a write outside shows; keeps the alignment of 64 bytes
+_DIVISIONS = frozenset({"floordiv", "mod", "truncdiv", "fmod", "div"})
+_POSITIVE = frozenset({"sqrt", "rsqrt", "log", "log2", "log10", "pow"})  # real for positive operands only
+_ORDINARY_INTEGERS = (-64, 63)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Operand:
+    """One buffer: `memory` is one-dimensional, with GUARD elements on both sides of what `tensor` reaches."""
+
+    memory: Tensor
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def tensor(self) -> Tensor:
+        return torch.as_strided(self.memory, self.shape, self.strides, GUARD)
+
+    def clone(self) -> Operand:
+        return Operand(self.memory.clone(), self.shape, self.strides)
+
+    def outside(self) -> Tensor:
+        """The elements of the memory that no index of the tensor reaches: guards, and gaps between rows."""
+        reached = torch.zeros(self.memory.shape, dtype=torch.bool)
+        torch.as_strided(reached, self.shape, self.strides, GUARD).fill_(True)
+        return self.memory[~reached]
+
+
+# -- sizes -----------------------------------------------------------------------------------------------------------
+def sample_symbols(program: Program, rows: int = 3) -> list[dict[str, int]]:
+    """Two settings of an isolated kernel's symbols, all within their ranges: the low ends, and one where the first size is `rows`
+    (made odd) and the others differ from it.  A size that no axis runs over (a cache's rows) is the largest."""
+    kernel = program.steps[0]
+    assert isinstance(kernel, Kernel)
+    walked = {n for axis in kernel.axes for n in axis.extent.names()}
+    low = {s.name: _fitting(s, max(1, s.lo)) for s in program.symbols}
+    first = next((s for s in program.symbols if s.name in walked), None)
+    odd = dict(low)
+    if first is not None:
+        odd[first.name] = _fitting(first, max(low[first.name], rows | 1))
+    largest = max((odd[n] for n in walked if n in odd), default=1)
+    for s in program.symbols:
+        if s.name not in walked:
+            low[s.name] = _fitting(s, max(low[s.name], *(low[n] for n in walked if n in low), 1))
+            odd[s.name] = _fitting(s, max(low[s.name], (largest + 3) | 1))
+    return [low, odd]
+
+
+def _fitting(symbol: Symbol, value: int) -> int:
+    """The smallest multiple that is at least `value`, within the range."""
+    wanted = -(-value // symbol.multiple) * symbol.multiple
+    return min(wanted, symbol.hi // symbol.multiple * symbol.multiple)
+
+
+# -- tensors ---------------------------------------------------------------------------------------------------------
+def make_operands(program: Program, symbols: Mapping[str, int], seed: int, scale: float = 1.0) -> dict[str, Operand]:
+    """A tensor for each buffer of an isolated kernel, in its dtype, shape and strides: normal floats times `scale` (positive where a
+    root or a logarithm needs it), integers in the range that the accesses allow, random bools."""
+    kernel = program.steps[0]
+    assert isinstance(kernel, Kernel)
+    generator = torch.Generator().manual_seed(seed)
+    ranges = integer_ranges(program, kernel, symbols)
+    positive, divisors = _operands_of(kernel, _POSITIVE, 0), _operands_of(kernel, _DIVISIONS, 1)
+    out = {}
+    for buffer in program.buffers:
+        shape, strides = (tuple(e.evaluate(symbols) for e in part) for part in (buffer.shape, buffer.layout))
+        span = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if all(shape) else 0
+        limits = ranges.get(buffer.name, _ORDINARY_INTEGERS)
+        if buffer.name in divisors and buffer.name not in ranges:
+            limits = (1, _ORDINARY_INTEGERS[1])
+        memory = _values(buffer, span + 2 * GUARD, generator, scale, limits, buffer.name in positive)
+        out[buffer.name] = Operand(memory, shape, strides)
+        if buffer.role == "temp":
+            out[buffer.name].tensor.fill_(_unwritten(memory.dtype))
+    return out
+
+
+def _values(buffer: Buffer, count: int, generator: torch.Generator, scale: float, limits: tuple[int, int], positive: bool) -> Tensor:
+    facts, dtype = DTYPES[buffer.dtype], torch_dtype(buffer.dtype)
+    if facts.is_float:
+        normal = torch.randn(count, generator=generator, dtype=torch.float64 if facts.bits == 64 else torch.float32) * scale
+        return (normal.abs() + scale / 16 if positive else normal).to(dtype)
+    if facts.kind == "bool":
+        return torch.randint(0, 2, (count,), generator=generator).to(torch.bool)
+    low, high = (max(0, limits[0]), limits[1]) if facts.kind == "uint" else limits
+    return torch.randint(low, max(low, high) + 1, (count,), generator=generator).to(dtype)
+
+
+def _unwritten(dtype: torch.dtype) -> float | int | bool:
+    if dtype.is_floating_point:
+        return float("nan")
+    return False if dtype == torch.bool else torch.iinfo(dtype).min
+
+
+def _operands_of(kernel: Kernel, ops: frozenset[str], position: int) -> set[str]:
+    """Buffers whose elements reach an operand of one of `ops` through casts and operations with a literal only."""
+    made = {op.name: op for op in kernel.body if isinstance(op, Load | Compute)}
+    found = set()
+    for op in kernel.body:
+        if not isinstance(op, Compute) or op.op not in ops or position >= len(op.args):
+            continue
+        name = op.args[position]
+        while isinstance(name, str) and isinstance(step := made.get(name), Compute):
+            named = [a for a in step.args if isinstance(a, str)]
+            name = named[0] if len(named) == 1 else 0
+        if isinstance(name, str) and isinstance(load := made.get(name), Load):
+            found.add(load.access.buffer)
+    return found
+
+
+# -- integers that index memory --------------------------------------------------------------------------------------
+def integer_ranges(program: Program, kernel: Kernel, symbols: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """For each integer buffer whose elements enter an index: the inclusive range that keeps all those accesses in bounds, whether
+    or not a mask guards them.  (0, 0) where no range is found."""
+    values = _integer_values(kernel)
+    loads = {op.name: op.access.buffer for op in kernel.loads if not DTYPES[op.dtype].is_float}
+    bounds = Bounds({}, {a.name: Index.of(a.extent.evaluate(symbols)) for a in kernel.axes})
+    constants = {n: Index.of(v) for n, v in symbols.items()}
+    ranges: dict[str, tuple[int, int]] = {}
+    accesses = sorted((op.access for op in kernel.body if isinstance(op, Load | Store)), key=lambda a: a.mask is not None)
+    for access, dimension in ((a, d) for a in accesses for d in range(len(a.index))):
+        expr = access.index[dimension].substitute(values).substitute(constants)
+        for name in sorted(expr.names() & loads.keys()):
+            allowed = _allowed(expr, name, program.buffer(access.buffer).shape[dimension].evaluate(symbols), bounds)
+            buffer = loads[name]
+            low, high = ranges.get(buffer, allowed)
+            low, high = max(low, allowed[0]), min(high, allowed[1])
+            if low <= high:
+                ranges[buffer] = (low, high)
+            elif access.mask is None or buffer not in ranges:
+                ranges[buffer] = (0, 0)
+    return ranges
+
+
+def _allowed(expr: Index, name: str, extent: int, bounds: Bounds) -> tuple[int, int]:
+    """The values of `name` that keep `expr` within 0..extent-1 at every point."""
+    factor = expr.coefficient(name)
+    if factor is None or factor.constant is None or factor.constant <= 0:
+        return 0, 0
+    rest = expr - factor * Index.of(name)
+    least, most = bounds.minimum(rest), bounds.maximum(rest)
+    if least is None or most is None:
+        return 0, 0
+    return -(least // factor.constant), (extent - 1 - most) // factor.constant
+
+
+def _integer_values(kernel: Kernel) -> dict[str, Index]:
+    """Integer values as index expressions over axes, symbols and loaded integers, where they are such."""
+    known: dict[str, Index] = {}
+    for op in kernel.body:
+        if isinstance(op, Load) and not DTYPES[op.dtype].is_float:
+            known[op.name] = Index.of(op.name)
+        elif isinstance(op, IndexValue):
+            known[op.name] = op.expr.substitute(known)
+        elif isinstance(op, Compute) and not DTYPES[op.dtype].is_float:
+            value = _integer_result(op, known)
+            if value is not None:
+                known[op.name] = value
+    return known
+
+
+def _integer_result(op: Compute, known: Mapping[str, Index]) -> Index | None:
+    args = [known.get(a) if isinstance(a, str) else Index.of(a) if isinstance(a, int) else None for a in op.args]
+    if op.op == "where":  # a negative index wrapped, or a masked one replaced: the plain branch is the one that names what was loaded
+        found = [a for a in args[1:] if a is not None and a.names()]
+        return min(found, key=lambda a: len(a.terms), default=None)
+    if any(a is None for a in args):
+        return None
+    a, b = args[0], args[-1]
+    assert a is not None and b is not None
+    match op.op:
+        case "cast":
+            return a
+        case "add":
+            return a + b
+        case "sub":
+            return a - b
+        case "mul":
+            return a * b
+    return None

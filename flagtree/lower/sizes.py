@@ -1,0 +1,114 @@
+"""Sizes of the trace (ints and SymInts) as indices of the IR, and the symbols of a program.
+
+One spelling for sizes that the trace's guards equate, so that equal extents are equal indices.  Between torch's shape
+environment, which owns the guards, and `lowering.py`, which declares buffers with these indices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.utils._sympy.functions import Max, Min
+
+from flagtree.ir.index import Index, Quotient, from_sympy
+from flagtree.ir.program import Symbol
+from flagtree.lower.pointwise import NotLowered
+
+UNBOUNDED = 2**48  # what a size without an upper bound counts as
+
+
+class Sizes:
+    """`names`: the shape environment's name of each symbol met to the program's; `declared`: those with a source."""
+
+    def __init__(self, names: Mapping[str, str] | None = None) -> None:
+        self.names: dict[str, str] = dict(names or {})
+        self.declared: dict[str, Symbol] = {}
+        self._equalities: dict[Any, Any] | None = None
+        self._multiples: dict[str, int] = {}
+
+    def index(self, value: object) -> Index:
+        """Index of an int or SymInt; raises NotLowered for an expression that indices do not carry."""
+        if isinstance(value, int):
+            return Index.of(value)
+        if isinstance(value, torch.SymInt):
+            found = from_sympy(_decided(self._expression(value), value.node.shape_env), self.name)
+            if found is None:
+                raise NotLowered(f"size {value.node.expr} is no polynomial with floor divisions")
+            return self._divisible(found)
+        raise NotLowered(f"{value!r} is not an integer")
+
+    def stride(self, value: object) -> Index:
+        """As `index`; torch writes Max(1, n) for sizes inside strides, which differs from n only in a tensor without elements."""
+        if isinstance(value, torch.SymInt):
+            expr = self._expression(value).replace(_is_floor_of_one, lambda e: next(a for a in e.args if a != 1))
+            found = from_sympy(expr, self.name)
+            if found is not None:
+                return self._divisible(found)
+        return self.index(value)
+
+    def name(self, name: str) -> str:
+        """The program's name of a symbol of the shape environment."""
+        return self.names.setdefault(name, f"s{len(self.names)}")
+
+    def declare(self, value: torch.SymInt, source: tuple) -> None:
+        """`value` is known from `source`; the first source of a symbol counts, an expression of symbols tells nothing."""
+        expr = self._expression(value)
+        if expr.is_Symbol and (name := self.name(expr.name)) not in self.declared:
+            lo, hi = _range_of(value.node.shape_env, expr)
+            self.declared[name] = Symbol(name, lo, hi, source)
+
+    def _divisible(self, index: Index) -> Index:
+        """A size n that a guard made a multiple of k is written k * (n // k), so that its parts cancel."""
+        exact = {}
+        for symbol, k in self._multiples.items():
+            size = Index.of(self.name(symbol))
+            exact[self.name(symbol)] = k * Index((((Quotient(size, Index.of(k)),), 1),))
+        return index.substitute(exact)
+
+    def _expression(self, value: torch.SymInt) -> Any:
+        """The size with everything that the trace's guards equate replaced by one spelling."""
+        if self._equalities is None:
+            self._equalities, self._multiples = _equalities(value.node.shape_env)
+        return value.node.expr.xreplace(self._equalities)
+
+
+def _is_floor_of_one(expr: Any) -> bool:
+    return type(expr).__name__ == "Max" and len(expr.args) == 2 and 1 in expr.args
+
+
+def _decided(expr: Any, shape_env: Any) -> Any:
+    """Min and Max of two sizes by what holds for the example: the shape environment guards on it."""
+    while True:
+        choice = next((e for e in expr.atoms(Min, Max) if len(e.args) == 2 and e.free_symbols), None)
+        if choice is None:
+            return expr
+        low, high = choice.args if bool(shape_env.evaluate_expr(choice.args[0] <= choice.args[1])) else choice.args[::-1]
+        expr = expr.xreplace({choice: low if isinstance(choice, Min) else high})
+
+
+def _equalities(shape_env: Any) -> tuple[dict[Any, Any], dict[str, int]]:
+    """(symbol -> expression, symbol's name -> divisor) from guards that torch did not already turn into replacements."""
+    out: dict[Any, Any] = {}
+    multiples: dict[str, int] = {}
+    for guard in shape_env.guards:
+        expr = shape_env.replace(guard.expr).xreplace(out)
+        if not expr.is_Equality:
+            continue
+        for a, b in (expr.args, expr.args[::-1]):
+            if type(a).__name__ in ("Mod", "PythonMod") and b == 0 and a.args[0].is_Symbol and a.args[1].is_Integer:
+                multiples[a.args[0].name] = int(a.args[1])
+            if a.is_Symbol and not b.has(a):
+                out = {k: v.xreplace({a: b}) for k, v in out.items()} | {a: b}
+                break
+    return out, multiples
+
+
+def _range_of(shape_env: Any, symbol: Any) -> tuple[int, int]:
+    found = shape_env.var_to_range.get(symbol)
+    if found is None:
+        return 0, UNBOUNDED
+    lo = int(found.lower) if found.lower.is_Integer else 0
+    hi = int(found.upper) if found.upper.is_Integer else UNBOUNDED
+    return max(lo, 0), min(hi, UNBOUNDED)
