@@ -18,13 +18,15 @@ from flagtree.capture.parts import CapturedPart
 from flagtree.check.report import PartReport
 from flagtree.check.summary import Built, part_report
 from flagtree.codegen.launch import launch_list
+from flagtree.debug import Ladder
 from flagtree.ir.canonical import Isolated, digest, isolate_all
 from flagtree.ir.program import Kernel, Program
 from flagtree.ir.verify import verify
-from flagtree.passes.base import Report
+from flagtree.passes.base import Fuel, Report
 from flagtree.passes.pipeline import pipeline, run_pipeline
 from flagtree.passes.repeat import fold_layers
 from flagtree.progress import Progress
+from flagtree.settings import settings
 from flagtree.targets.base import Target
 from flagtree.toolchain.base import BuiltKernel
 from flagtree.toolchain.build import build_kernels, toolchain_of
@@ -57,9 +59,13 @@ class Assembled:
 
 def generate_part(part: CapturedPart, target: Target) -> GeneratedPart:
     """Run the pipeline on the captured depth and fold it to the full one.  Raises IRError when a pass broke a rule."""
-    program, reports = run_pipeline(part.lowered.program, pipeline(target), target)
+    ladder = Ladder(f"{part.captured.name}-{target.name}")
+    ladder.start(part.lowered.program)
+    fuel = Fuel(settings.fuel)
+    program, reports = run_pipeline(part.lowered.program, pipeline(target), target, fuel=fuel, after=ladder.after)
     program = fold_layers(program, part.layers)
     verify(program)
+    ladder.finish(program)
     kernels = {kernel.name: (alone, digest(alone.program)) for kernel, alone in isolate_all(program)}
     return GeneratedPart(part, program, kernels, tuple(reports))
 
@@ -74,6 +80,7 @@ def assemble(parts: Mapping[str, CapturedPart], target: Target, jobs: int, progr
     distinct = {d: alone.program for g in generated.values() for alone, d in g.kernels.values()}
     progress.phase("kernels", len(distinct))
     built = {b.digest: b for b in build_kernels(list(distinct.items()), target, jobs, progress, store)}
+    Ladder(f"{next(iter(parts.values())).captured.name}-{target.name}").built(built.values())
     progress.phase("certificate", len(distinct))
     from flagtree.check.evidence import gather
 

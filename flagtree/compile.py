@@ -95,6 +95,7 @@ class _Job:
                 "target": target.name,
                 "tools": toolchain_of(target).versions(target),
                 "code": code_digest(),
+                "fuel": settings.fuel,
                 "flagtree": own,
             }
         )

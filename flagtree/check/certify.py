@@ -50,10 +50,11 @@ class Subject:
 
     @property
     def where(self) -> str:
-        modules = dict.fromkeys(o.module for o in self.kernel.origins if o.module)
-        sources = dict.fromkeys(o.source for o in self.kernel.origins if o.source)
-        parts = [f"kernel {self.kernel.name} ({self.digest[:16]})", ", ".join(dict.fromkeys(self.kernel.ops)), ", ".join(modules), ", ".join(sources)]
-        return "; ".join(p for p in parts if p)
+        """Kernel, operators, model layers and source lines, for an error."""
+        origins = self.kernel.origins
+        lists = (self.kernel.ops, [o.module for o in origins], [o.source for o in origins])
+        parts = [", ".join(dict.fromkeys(x for x in names if x)) for names in lists]
+        return "; ".join(p for p in (f"kernel {self.kernel.name} ({self.digest[:16]})", *parts) if p)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,8 @@ class Evidence:
 
     def to_dict(self) -> dict[str, object]:
         """JSON data for the certificate."""
-        return {"kernels": {d: dict(self.kernels[d]) for d in sorted(self.kernels)}, "target": self.target, "versions": dict(sorted(self.versions.items()))}
+        kernels = {d: dict(self.kernels[d]) for d in sorted(self.kernels)}
+        return {"kernels": kernels, "target": self.target, "versions": dict(sorted(self.versions.items()))}
 
     @property
     def executed(self) -> dict[str, int]:
@@ -186,7 +188,7 @@ def _untouched(subject: Subject, before: Mapping[str, Operand], after: Mapping[s
         wrote_outside = not _equal_bits(operand.outside(), after[name].outside())
         if wrote_outside or (name not in kernel.writes and not _equal_bits(operand.memory, after[name].memory)):
             actual = subject.isolated.buffers[int(name[1:])]
-            raise _wrong(subject, f"it wrote outside of buffer {actual}" if wrote_outside else f"it wrote into buffer {actual}, which it only reads")
+            raise _wrong(subject, f"it wrote outside of buffer {actual}" if wrote_outside else f"it wrote into '{actual}', an input")
 
 
 def _equal_bits(a: Tensor, b: Tensor) -> bool:

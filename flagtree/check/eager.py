@@ -145,7 +145,8 @@ class _Replay:
         if node.op != "call_function":
             raise self.nothing(f"it needs '{_buffer_name(node)}', which the kernel does not read")
         if _is_attention(node):
-            return [n for cache, rows in self._caches(node).items() for n in (node.args[cache], node.args[rows])] + [node.args[5]]  # type: ignore[misc]
+            positions = [5, *(p for pair in self._caches(node).items() for p in pair)]
+            return [n for p in positions if isinstance(n := node.args[p], fx.Node)]
         tags = getattr(node.target, "tags", ())
         if torch.Tag.nondeterministic_seeded in tags:
             raise self.nothing(f"{node.target} draws random numbers")
@@ -210,12 +211,10 @@ class _Replay:
 
     # -- execution ---------------------------------------------------------------------------------------------------
     def _execute(self, node: fx.Node) -> None:
-        if node.op != "call_function" or (_is_tensor(node) and _storage(node) in self.given and node not in self.writers.get(_storage(node), ())):
-            return
         if _is_attention(node):
             self._write_rows(node)
             return
-        args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), self._argument)  # type: ignore[misc, arg-type]
+        args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), self._argument)
         try:
             result = node.target(*args, **kwargs)  # type: ignore[operator]
         except (RuntimeError, IndexError, ValueError) as error:
@@ -229,7 +228,8 @@ class _Replay:
         """A fresh result becomes memory in the strides that the trace saw."""
         geometry = self._fake_geometry(node)
         if tuple(result.shape) != geometry[0] or result.dtype != node.meta["val"].dtype:
-            raise self.nothing(f"{node.target} gives {result.dtype} {list(result.shape)} here, the trace saw {node.meta['val'].dtype} {list(geometry[0])}")
+            seen = f"{node.meta['val'].dtype} {list(geometry[0])}"
+            raise self.nothing(f"{node.target} gives {result.dtype} {list(result.shape)} here, the trace saw {seen}")
         storage = _storage(node)
         self.memory[storage] = torch.empty(_span(geometry), dtype=result.dtype)
         _fill(self._view(storage, geometry), result)

@@ -48,7 +48,7 @@ def judge(dtype: str, ours: Tensor, own: Tensor, truth: Tensor, eager: Tensor | 
     if places := unequal_places(ours, reference):
         faults.append(f"NaN or infinity at {places} places where {_whose(eager)} has another value")
     share, disagrees = _agreement(dtype, ours, own)
-    return Judged(_record(dtype, ours, own, eager, mine, theirs, share), tuple(faults), disagrees)
+    return Judged(_record(dtype, ours, eager, mine, theirs, share), tuple(faults), disagrees)
 
 
 def _whose(eager: Tensor | None) -> str:
@@ -84,7 +84,7 @@ def _agreement(dtype: str, ours: Tensor, own: Tensor) -> tuple[float, str]:
     return share_within(ours, own, 0, dtype), why
 
 
-def _record(dtype: str, ours: Tensor, own: Tensor, eager: Tensor | None, mine: Accuracy, theirs: Accuracy, share: float) -> dict[str, object]:
+def _record(dtype: str, ours: Tensor, eager: Tensor | None, mine: Accuracy, theirs: Accuracy, share: float) -> dict[str, object]:
     record: dict[str, object] = {
         "dtype": dtype, "elements": ours.numel(), "max_ulp": _short(mine.max_ulp), "mean_ulp": _short(mine.mean_ulp),
         "rms": _short(mine.rms), "mean_magnitude": _short(mine.magnitude), "equal_to_interpreter": _short(share),

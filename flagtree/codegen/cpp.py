@@ -38,18 +38,18 @@ def generate(program: Program, digest: str) -> str:
     walk = layout(flatten(program))
     multiples = {s.name: s.multiple for s in program.symbols}
     chunk = _chunk(walk)
-    body = RowWriter(walk, multiples, chunk).row()
+    body = [*_chunk_bounds(walk, chunk), *RowWriter(walk, multiples, chunk).row()]
+    head, count = _head(walk), " * ".join(_factor(walk, extent) for _, extent in _outer(walk, chunk)) or "1"
     outer = _outer(walk, chunk)
     context = {
         "digest": digest, "symbol": symbol_name(digest), "text": print_program(program).rstrip("\n").split("\n"),
         "widest": walk.widest, "partials": PARTIALS,
-        "head": _head(walk), "symbols": _symbols(walk), "decode": _decode(walk, outer), "advance": _advance(walk, outer),
-        "body": [*_chunk_bounds(walk, chunk), *body],
-        "count": " * ".join(_factor(walk, extent) for _, extent in outer) or "1",
+        "head": head, "symbols": _symbols(walk), "decode": _decode(walk, outer), "advance": _advance(walk, outer),
+        "body": body, "count": count,
         "work": " * ".join(_factor(walk, a.extent) for a in walk.kernel.axes) or "1",
         "threads": _may_use_threads(walk, outer), "threshold": THREAD_WORK,
     }  # fmt: skip
-    code = "\n".join((*context["head"], *context["decode"], *context["body"], str(context["count"]), str(context["work"])))
+    code = "\n".join((*head, *_decode(walk, outer), *body, count))
     return _template().render(prelude=prelude(code), **context)
 
 

@@ -19,7 +19,8 @@ from flagtree.ir.index import ONE, Index
 from flagtree.ir.ops import OPS
 from flagtree.ir.program import Arg, BodyOp, Compute, IndexValue, Load, Scalar, Scan, Store
 
-SCANS = {"sum": "{0} + {1}", "prod": "{0} * {1}", "min": "minimum({0}, {1})", "max": "maximum({0}, {1})", "any": "{0} | {1}", "all": "{0} & {1}"}
+SCANS = {"sum": "{0} + {1}", "prod": "{0} * {1}", "min": "minimum({0}, {1})", "max": "maximum({0}, {1})",
+         "any": "{0} | {1}", "all": "{0} & {1}"}  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -101,7 +102,8 @@ class BodyWriter:
         if not self._varies(tuple(op.expr.names())):
             self._define(op.name, op.dtype, ops.rounded(f"splat(({register})({self._index(op.expr)}))", op.dtype))
             return
-        step = op.expr.coefficient(self._lane) if self._lane else None
+        assert self._lane is not None
+        step = op.expr.coefficient(self._lane)
         if step is not None and register in ("i32", "i64") and not self._varies(tuple((op.expr - step * self._lane).names())):
             lanes = "lanes" if register == "i32" else "lanes64"
             spread = lanes if step == ONE else f"{lanes} * ({register})({self._index(step)})"
@@ -198,10 +200,8 @@ class BodyWriter:
             self.lines.append(f"{guard}{call};")
         elif self._varies(operands(op)):
             condition = f"if ({mask}[l]) " if spread_mask else ""
-            self.lines += [
-                f"const auto {op.value}_to_{op.access.buffer} = {narrow};",
-                f"{guard}for (int l = 0; l < n; ++l) {condition}{op.access.buffer}[{self._index(offset, 'l')}] = {op.value}_to_{op.access.buffer}[l];",
-            ]
+            source, address = f"{op.value}_to_{op.access.buffer}", f"{op.access.buffer}[{self._index(offset, 'l')}]"
+            self.lines += [f"const auto {source} = {narrow};", f"{guard}for (int l = 0; l < n; ++l) {condition}{address} = {source}[l];"]
         else:
             self.lines.append(f"{guard}{op.access.buffer}[{self._index(offset)}] = {narrow}[0];")
 

@@ -8,7 +8,7 @@ from flagtree.ir.index import Bounds, Index, Quotient, Remainder
 
 
 def index_text(index: Index, names: Mapping[str, str], bounds: Bounds) -> str:
-    """The expression with each name spelled as `names` says (itself where it says nothing); floor division as C's where nothing is negative."""
+    """The expression, each name spelled as `names` says (else as itself); floor division as C's where nothing is negative."""
     if not index.terms:
         return "0"
     out = ""

@@ -6,7 +6,7 @@ stack array of the row; cheap ones are computed again from their loads.  Rows to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from flagtree.codegen import cpp_ops as ops
@@ -73,7 +73,7 @@ def sweeps(layout: Layout, body: Sequence[BodyOp]) -> list[Sweep]:
     return [Sweep(tuple(b), frozenset(k), tuple(r)) for (b, r), k in zip(out, kept, strict=True)]
 
 
-def _cost(name: str, defining: dict[str, BodyOp]) -> int:
+def _cost(name: str, defining: Mapping[str, BodyOp]) -> int:
     """Vector instructions to compute a value again from its loads and from values outside sweeps."""
     seen: set[str] = set()
     total = 0

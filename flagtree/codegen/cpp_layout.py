@@ -103,7 +103,7 @@ def _check(kernel: FlatKernel) -> None:
         if isinstance(op, Reduce) and set(op.axes) != names:
             raise CodegenError(
                 f"cannot generate C++ for the reduction of {', '.join(op.names)}",
-                why=f"it runs over {', '.join(op.axes)} and the kernel over {', '.join(sorted(names))}; all reductions of a kernel must agree",
+                why=f"it runs over {', '.join(op.axes)}, the kernel over {', '.join(sorted(names))}; all reductions of a kernel must agree",
             )
     scans = {op.axis for op in kernel.body if isinstance(op, Scan)}
     if len(scans) > 1:

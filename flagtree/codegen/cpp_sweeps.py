@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from flagtree.codegen import cpp_ops as ops
 from flagtree.codegen.cpp_body import BodyWriter, carry_type
-from flagtree.codegen.cpp_keep import Sweep, row_size, sweeps
 from flagtree.codegen.cpp_index import index_text, is_multiple
+from flagtree.codegen.cpp_keep import Sweep, row_size, sweeps
 from flagtree.codegen.cpp_layout import Layout
 from flagtree.codegen.flat import operands, results
 from flagtree.codegen.segments import Segment, segments
@@ -116,7 +116,8 @@ class RowWriter:
     def _read(self, work: Sweep) -> list[str]:
         lines = []
         for n in work.read:
-            lines += [f"{ops.register(self.layout.kernel.dtypes[n])}v {n};", f"__builtin_memcpy(&{n}, {n}_row + {self._lane_name}, sizeof {n});"]
+            kind = ops.register(self.layout.kernel.dtypes[n])
+            lines += [f"{kind}v {n};", f"__builtin_memcpy(&{n}, {n}_row + {self._lane_name}, sizeof {n});"]
         return lines
 
     def _tail(self, sweep: int, reducing: bool) -> list[str]:
@@ -162,12 +163,13 @@ class RowWriter:
         reduces = [op for op in chosen if isinstance(op, Reduce)]
         lines = self._state(sweep, reduces) if reduces else []
         if reduces:
-            lines.append(f"{self._state_name(sweep)} part = {self._start(reduces)};")
+            lines.append(f"{self._state_name(sweep)} part{sweep} = {self._start(reduces)};")
         scope = self._outer_scope() | {a.name for a in self.layout.loops} | {self._lane_name}
         carries = [self._carry(op) for op in chosen if isinstance(op, Scan)]
-        lines += self._loops(self._statements(chosen, scope, vector=True), carries)
+        loops = self._loops(self._statements(chosen, scope, vector=True), carries)
+        lines += ["{", f"{self._state_name(sweep)} &part = part{sweep};", *loops, "}"] if reduces else loops
         for op in reduces:
-            lines += self._results(op, f"part.{_member(op)}")
+            lines += self._results(op, f"part{sweep}.{_member(op)}")
         return lines
 
     # -- reductions --------------------------------------------------------------------------------------------------
@@ -279,7 +281,7 @@ def _end(register: str, start: object, dtype: str) -> str:
     number = {"low": -(2 ** (bits - 1)), "high": 2 ** (bits - 1) - 1}.get(str(start), start)
     if dtype == "b1" and start in ("low", "high"):  # true is -1: the larger b1 is the smaller mask
         number = 0 if start == "low" else -1
-    return f"{register}({ops.literal(int(number), register)})"  # type: ignore[call-overload]
+    return f"{register}({ops.literal(int(number), register)})"
 
 
 def _converted(name: str, source: str, accumulator: str) -> str:

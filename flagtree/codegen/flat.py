@@ -102,7 +102,8 @@ def _assemble(axes: tuple[Axis, ...], body: tuple[BodyOp, ...], bounds: Bounds, 
               numerics: Numerics, program: Program) -> FlatKernel:  # fmt: skip
     depends, dtypes = value_facts(axes, body)
     spans = {b.name: sum(((e - 1) * s for e, s in zip(b.shape, b.layout, strict=True)), ZERO) for b in program.buffers}
-    return FlatKernel(axes, body, bounds, numerics, schedule, program.buffers, tuple(s.name for s in program.symbols), depends, dtypes, spans)
+    symbols = tuple(s.name for s in program.symbols)
+    return FlatKernel(axes, body, bounds, numerics, schedule, program.buffers, symbols, depends, dtypes, spans)
 
 
 def value_facts(axes: Iterable[Axis], body: Iterable[BodyOp]) -> tuple[dict[str, frozenset[str]], dict[str, str]]:

@@ -164,7 +164,8 @@ def _masked(op: Load | Store, mask: Arg) -> BodyOp | None:
     if isinstance(mask, str):
         return replace(op, access=replace(op.access, mask=mask))
     if mask:
-        return replace(op, access=replace(op.access, mask=None), **({"other": None} if isinstance(op, Load) else {}))
+        unmasked = replace(op, access=replace(op.access, mask=None))
+        return replace(unmasked, other=None) if isinstance(unmasked, Load) else unmasked
     return None if isinstance(op, Store) else Compute(op.name, op.dtype, "cast", (0 if op.other is None else op.other,))
 
 

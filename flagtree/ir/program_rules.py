@@ -225,8 +225,9 @@ def _hidden_aliases(program: Program, step: Repeat) -> Iterator[str]:
     for i in range(step.count):
         owner = dict(free)
         for formal, actual in step.bindings:
-            other = owner.setdefault(program.root(actual[i]), formal)
-            if other != formal and (formal in written or other in written):
+            root = program.root(formal)  # a formal that is a view of another formal is declared to be the same memory
+            other = owner.setdefault(program.root(actual[i]), root)
+            if other != root and (root in written or other in written):
                 yield f"in iteration {i} '{formal}' and '{other}' are one buffer, and the body writes it"
                 return
 

@@ -10,7 +10,17 @@ from torch._decomp import get_decompositions
 
 aten = torch.ops.aten
 
-DECOMPOSITIONS = get_decompositions(
+
+def _dropout(x: torch.Tensor, p: float, train: bool) -> torch.Tensor:
+    """Eager hands the operand itself back where PyTorch's decomposition copies it; the calls are those of ATen/native/Dropout.cpp."""
+    if not train or p == 0 or x.numel() == 0:
+        return x
+    if p == 1:
+        return x * torch.zeros((), dtype=x.dtype, device=x.device)
+    return x * torch.empty_like(x).bernoulli_(1 - p).div_(1 - p)
+
+
+DECOMPOSITIONS = {aten.dropout.default: _dropout} | get_decompositions(
     [
         aten.addr, aten.cosh, aten.dist, aten.glu, aten.huber_loss, aten.mse_loss, aten.smooth_l1_loss, aten.soft_margin_loss,
         aten.stack, aten.threshold, aten.hardshrink, aten.softshrink, aten.celu, aten.heaviside, aten.nan_to_num,

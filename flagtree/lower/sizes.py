@@ -56,7 +56,7 @@ class Sizes:
         """`value` is known from `source`; the first source of a symbol counts, an expression of symbols tells nothing."""
         expr = self._expression(value)
         if expr.is_Symbol and (name := self.name(expr.name)) not in self.declared:
-            lo, hi = _range_of(value.node.shape_env, expr)
+            lo, hi = _range_of(value.node.shape_env, expr, -UNBOUNDED if source[0] == "scalar" else 0)
             self.declared[name] = Symbol(name, lo, hi, source)
 
     def _divisible(self, index: Index) -> Index:
@@ -105,10 +105,11 @@ def _equalities(shape_env: Any) -> tuple[dict[Any, Any], dict[str, int]]:
     return out, multiples
 
 
-def _range_of(shape_env: Any, symbol: Any) -> tuple[int, int]:
+def _range_of(shape_env: Any, symbol: Any, least: int) -> tuple[int, int]:
+    """Inclusive; never below `least`: a size is not negative, a number argument may be."""
     found = shape_env.var_to_range.get(symbol)
     if found is None:
-        return 0, UNBOUNDED
-    lo = int(found.lower) if found.lower.is_Integer else 0
+        return least, UNBOUNDED
+    lo = int(found.lower) if found.lower.is_Integer else least
     hi = int(found.upper) if found.upper.is_Integer else UNBOUNDED
-    return max(lo, 0), min(hi, UNBOUNDED)
+    return max(lo, least), min(hi, UNBOUNDED)

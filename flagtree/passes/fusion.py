@@ -122,7 +122,7 @@ class FusionWalk:
             return
         for b in sorted(set(readers), key=self.place.__getitem__):
             consumer = self.steps[b]
-            if not isinstance(consumer, Kernel) or any(self._writes_between(n, a, b) for n in producer.reads):
+            if not isinstance(consumer, Kernel) or any(self._writes_between(n, a, b) for n in (*producer.reads, *producer.writes)):
                 continue
             legal = can_merge(self.program, producer, consumer, frozenset())
             if isinstance(legal, Refused) or moved_reduction(producer, consumer, legal) or not self.fuel.take():

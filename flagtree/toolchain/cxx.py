@@ -70,14 +70,16 @@ def _find(machine: str, chosen: str | None) -> Compiler:
     if chosen is not None:
         path = shutil.which(chosen)
         if path is None:
-            raise ToolchainError("the C++ compiler named by FLAGTREE_CXX is not there", where=chosen, why="it is no executable file and not in PATH",
+            raise ToolchainError("the C++ compiler named by FLAGTREE_CXX is not there", where=chosen,
+                                 why="it is no executable file and not in PATH",
                                  hint="name a compiler that exists, or unset FLAGTREE_CXX")  # fmt: skip
         compiler = _describe(path)
         if compiler.machine == machine:
             return compiler
         if native:
             raise ToolchainError("the C++ compiler named by FLAGTREE_CXX compiles for another machine", where=chosen,
-                                 why=f"it makes code for {compiler.machine}, this machine is {machine}", hint="unset FLAGTREE_CXX")  # fmt: skip
+                                 why=f"it makes code for {compiler.machine}, this machine is {machine}",
+                                 hint="unset FLAGTREE_CXX")  # fmt: skip
     names = (*NATIVE_NAMES, CROSS.get(machine, "")) if native else (CROSS.get(machine, ""),)
     looked = [n for n in names if n]
     for name in looked:

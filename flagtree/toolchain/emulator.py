@@ -7,26 +7,18 @@ says what an emulated run proves.  `execute_built` is what a certificate calls.
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import itertools
-import json
-import os
 import random
-import select
 import struct
-import subprocess
-import sys
-import tempfile
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
 from flagtree.errors import ToolchainError
 from flagtree.toolchain.emulator_ir import to_host
-from flagtree.toolchain.emulator_memory import GUARD, Memory
+from flagtree.toolchain.emulator_memory import GUARD, PROMISED, Memory
+from flagtree.toolchain.emulator_session import Session, current, missing
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +30,7 @@ Block = tuple[int, int, int]
 LANES = 64
 MAX_WARPS = 8
 SHARED_BYTES = 64 * 1024
+__all__ = ["ORDERS", "Emulated", "Run", "evaluate_index", "execute_built", "load", "missing", "sample_blocks"]
 ORDERS = ("forward", "reverse", "random:1")
 _KINDS = {"forward": 0, "reverse": 1, "random": 2}
 _INTEGERS = {"i1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "u1": 1, "u8": 1, "u16": 2, "u32": 4, "u64": 8}
@@ -61,102 +54,6 @@ class Run:
     switches: int
 
 
-class Session:
-    """The emulator's process; one serves all kernels of this process.  Start-up costs about half a CPU second."""
-
-    def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="flagtree-emulator-")
-        self.folder = Path(self._folder.name)
-        self.owner = os.getpid()
-        self.loaded: set[str] = set()
-        self._lock = threading.Lock()
-        self._errors = (self.folder / "stderr").open("w+b")
-        here = Path(__file__)
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", str(here.with_name("emulator_worker.py"))],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
-        )  # fmt: skip
-        self.request({"runtime": str(here.with_name("emulator_runtime.c")), "compiler": _compiler(), "folder": str(self.folder)}, 120)
-
-    @property
-    def alive(self) -> bool:
-        return self.owner == os.getpid() and self._process.poll() is None
-
-    def request(self, message: Mapping[str, object], seconds: float) -> dict[str, Any]:
-        """One request, one answer.  Raises ToolchainError when the process fails, dies or does not answer in time."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        with self._lock:
-            try:
-                self._process.stdin.write(json.dumps(message).encode() + b"\n")
-                self._process.stdin.flush()
-                ready, _, _ = select.select([self._process.stdout], [], [], seconds)
-                line = self._process.stdout.readline() if ready else None
-            except BrokenPipeError:
-                line = b""
-        if line is None:
-            self.close()
-            raise ToolchainError(
-                "an emulated kernel does not end", why=f"no answer within {seconds:g} s", hint="run fewer blocks or smaller shapes"
-            )
-        if not line:
-            code = self._process.wait()
-            raise ToolchainError("the emulator's process died", why=f"exit status {code}: {self._stderr()}")
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise ToolchainError("the emulator failed", why=answer["error"])
-        return answer
-
-    def _stderr(self) -> str:
-        return (self.folder / "stderr").read_text(errors="replace").strip()[-1000:]
-
-    def close(self) -> None:
-        """End the process and remove its files."""
-        if self.owner != os.getpid():
-            return
-        self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout, self._errors):
-            if stream:
-                stream.close()
-        self._folder.cleanup()
-
-
-_session: Session | None = None
-
-
-def _current() -> Session:
-    """The session of this process, started at first use and again after it died."""
-    global _session
-    if _session is None or not _session.alive:
-        if _session is not None:
-            _session.close()
-        _session = Session()
-        atexit.register(_session.close)
-    return _session
-
-
-def _compiler() -> list[str]:
-    from flagtree.toolchain.cxx import find_compiler
-
-    return [find_compiler().path]
-
-
-def missing() -> str:
-    """Why the emulator cannot run here; empty when it can (x86-64 Linux, Triton, a C compiler)."""
-    import importlib.util
-    import platform
-
-    if sys.platform != "linux" or platform.machine() != "x86_64":
-        return f"the emulator runs on x86-64 Linux, not on {sys.platform} {platform.machine()}"
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    try:
-        _compiler()
-    except ToolchainError as error:
-        return error.what
-    return ""
-
-
 @dataclass(frozen=True, slots=True)
 class Emulated:
     """A kernel ready to run.  `signature`: Triton's types of its arguments in order ("*bf16", "i32", "fp32")."""
@@ -176,14 +73,15 @@ class Emulated:
         inaccessible memory, reverse right after it.  `shared` bytes are accessible.  `exact`: give no alignment beyond the element's.
         Raises ToolchainError: an access outside every tensor, threads that wait for each other, a division by zero, no end in time.
         """
-        memory, run = self._start(grid, warps, arguments, blocks, order, shared, exact, seconds)
-        memory.store(memory.read())
+        memory, contents, run = self.execute(grid, warps, arguments, blocks, order, shared, exact, seconds)
+        memory.store(contents)
         return run
 
-    def _start(
+    def execute(
         self, grid: Sequence[int], warps: int, arguments: Sequence[Argument], blocks: Sequence[Block] | None, order: str, shared: int,
         exact: bool, seconds: float,
-    ) -> tuple[Memory, Run]:  # fmt: skip
+    ) -> tuple[Memory, list[bytes], Run]:  # fmt: skip
+        """`run` that leaves the tensors as they are: where they are in the emulator's memory, its bytes afterwards, and the counts."""
         kind, seed = _order(order)
         if not 0 < warps <= MAX_WARPS or not 0 <= shared <= SHARED_BYTES:
             raise ToolchainError(
@@ -191,18 +89,22 @@ class Emulated:
                 where=self.function,
                 why=f"a block has at most {MAX_WARPS} warps and {SHARED_BYTES} bytes",
             )
-        session = _current()
-        tensors = [a for a in arguments if not isinstance(a, (int, float))]
-        memory = Memory(session.folder / "memory", tensors, "start" if order == "reverse" else "end", exact)
+        session = current()
         self._load(session, seconds)
+        tensors = [a for a in arguments if not isinstance(a, (int, float))]
+        memory = Memory(session.new_file(), tensors, "start" if order == "reverse" else "end", exact)
         order_of_blocks = _ordered(_grid(grid) if blocks is None else list(blocks), kind, seed)
-        answer = session.request({
-            "do": "run", "key": self.key, "memory": str(memory.path), "guard": GUARD, "threads": warps * LANES, "shared": shared,
-            "regions": [(r.offset, r.size) for r in memory.regions], "slots": self._slots(arguments, memory), "order": kind, "seed": seed,
-            "blocks": list(itertools.chain.from_iterable(order_of_blocks)),
-        }, seconds)  # fmt: skip
-        self._judge(answer, memory, shared)
-        return memory, Run(*(answer[name] for name in ("blocks", "barriers", "exchanges", "switches")))
+        try:
+            answer = session.request({
+                "do": "run", "key": self.key, "memory": str(memory.path), "guard": GUARD, "threads": warps * LANES, "shared": shared,
+                "regions": [(r.offset, r.size) for r in memory.regions], "slots": self._slots(arguments, memory), "order": kind,
+                "seed": seed, "blocks": list(itertools.chain.from_iterable(order_of_blocks)),
+            }, seconds)  # fmt: skip
+            self._judge(answer, memory, shared)
+            contents = memory.read()
+        finally:
+            memory.path.unlink(missing_ok=True)
+        return memory, contents, Run(*(answer[name] for name in ("blocks", "barriers", "exchanges", "switches")))
 
     def _load(self, session: Session, seconds: float) -> None:
         if self.key not in session.loaded:
@@ -349,6 +251,7 @@ def execute_built(
     each of `orders`; ToolchainError when two orders differ in a bit (a race), and for what `Emulated.run` raises.
     """
     launch: Mapping[str, Any] = built.launch
+    arguments: list[Argument] = [*buffers, *symbols]
     text = built.files.get(f"{variant}.llir")
     if text is None:
         raise ToolchainError(
@@ -358,12 +261,12 @@ def execute_built(
     grid = [evaluate_index(e, {f"n{i}": value for i, value in enumerate(symbols)}) for e in launch["grid"]]
     if not all(grid):
         return []
+    _check_promises(launch, variant, arguments)
     shared = launch["variants"][variant]["shared"]
     runs: list[Run] = []
     first: list[bytes] = []
     for order in orders:
-        memory, run = kernel._start(grid, launch["warps"], [*buffers, *symbols], blocks, order, shared, variant == "generic", seconds)
-        contents = memory.read()
+        memory, contents, run = kernel.execute(grid, launch["warps"], arguments, blocks, order, shared, variant == "generic", seconds)
         if runs and contents != first:
             changed = [r.members for r, a, b in zip(memory.regions, first, contents, strict=True) if a != b]
             raise ToolchainError(
@@ -376,3 +279,14 @@ def execute_built(
     if runs:
         memory.store(first)
     return runs
+
+
+def _check_promises(launch: Mapping[str, Any], variant: str, arguments: Sequence[Argument]) -> None:
+    """A variant must not run on arguments that break what it promises, as the launcher would not choose it."""
+    required = set(launch["variants"][variant].get("requires", ()))
+    for (name, _), argument in zip(launch["signature"], arguments, strict=False):
+        value = argument if isinstance(argument, (int, float)) else argument.data_ptr()
+        if name in required and value % PROMISED:
+            raise ToolchainError(
+                f"the {variant} variant of {launch['function']} needs {name} divisible by {PROMISED}", why=f"it is {value}"
+            )

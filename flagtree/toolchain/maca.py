@@ -7,6 +7,7 @@ Triton runs in the worker processes of `triton_aot`, with the backend of `maca_b
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import PurePosixPath
 
 from flagtree.codegen.triton import TritonSource, generate
@@ -14,12 +15,13 @@ from flagtree.errors import ToolchainError
 from flagtree.ir.program import Program
 from flagtree.progress import SILENT, Progress
 from flagtree.targets.base import Target
-from flagtree.targets.metax import MISSING
+from flagtree.targets.metax import MISSING, TARGETS
 from flagtree.toolchain.base import BuiltKernel
 from flagtree.toolchain.triton_aot import Compiled, Workers, check_limits, check_triton, launch_record, workers
 
 STAGES = ("ttir", "llir")
 MAX_WARPS = 8  # C550: 512 threads a block, 64 lanes a warp
+(METAX,) = TARGETS
 _PREPARE = "flagtree.toolchain.maca_backend:register"
 
 
@@ -34,6 +36,22 @@ def build(kernels: Sequence[tuple[str, Program]], target: Target, jobs: int = 1,
         return []
     with workers(min(jobs, len(sources))) as pool:
         return build_sources(sources, target, pool, progress)
+
+
+def build_for_emulation(
+    kernels: Sequence[tuple[str, Program]], target: Target, jobs: int = 1, progress: Progress = SILENT
+) -> list[BuiltKernel]:
+    """Kernels of another target of Triton (cuda, rocm) as that target's own source, lowered for the emulator instead of the target.
+
+    The TTIR is the one that the target's build has, without its warps and layouts; what the target's own compiler makes of it is not
+    executed.  At most 8 warps.  Raises what `build` raises.
+    """
+    sources = [(digest, generate(program, digest, target)) for digest, program in kernels]
+    if not sources:
+        return []
+    sources = [(digest, replace(source, warps=min(source.warps, MAX_WARPS))) for digest, source in sources]
+    with workers(min(jobs, len(sources))) as pool:
+        return build_sources(sources, METAX, pool, progress)
 
 
 def build_sources(

@@ -207,7 +207,8 @@ def launch_record(source: TritonSource, compiled: Compiled, binary: str) -> dict
     first = next(iter(compiled.variants.values()))
     return {
         "function": source.function, "grid": list(source.grid), "signature": [list(s) for s in source.signature],
-        "threads": first["threads"], "warps": source.warps, "shared": max(f["shared"] for f in compiled.variants.values()), "variants": variants,
+        "threads": first["threads"], "warps": source.warps, "variants": variants,
+        "shared": max(f["shared"] for f in compiled.variants.values()),
     }  # fmt: skip
 
 

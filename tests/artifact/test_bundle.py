@@ -80,6 +80,8 @@ def test_equal_bytes_from_another_folder_home_and_time(write: Write, tmp_path: P
 
 def test_both_forms_have_one_digest(write: Write, tmp_path: Path) -> None:
     assert write(tmp_path / "toy") == write(tmp_path / "toy.ftb")
+    with zipfile.ZipFile(tmp_path / "toy.ftb") as archive:
+        assert {(i.date_time, i.create_system, i.external_attr) for i in archive.infolist()} == {((1980, 1, 1, 0, 0, 0), 3, 0o100644 << 16)}
     assert len({write(tmp_path / "x", libraries={"x86-64-v3": data}) for data in (b"1", b"2")}) == 2
 
 
@@ -401,7 +403,9 @@ def test_what_open_would_refuse_is_never_written(tmp_path: Path) -> None:
     assert not (tmp_path / "toy").exists()
 
 
-@pytest.mark.parametrize("launch", [{"steps": [{}]}, {"steps": 7}, {"steps": [], "buffers": [{}]}, {"steps": [{"repeat": "x", "steps": [1]}]}])
+@pytest.mark.parametrize(
+    "launch", [{"steps": [{}]}, {"steps": 7}, {"steps": [], "buffers": [{}]}, {"steps": [{"repeat": "x", "steps": [1]}]}]
+)
 def test_inspecting_a_launch_list_that_is_none(write: Write, tmp_path: Path, launch: dict) -> None:
     write(tmp_path / "toy", parts={"prefill": launch})
     with pytest.raises(BundleError, match="launch list is not valid"):

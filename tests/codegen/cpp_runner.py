@@ -18,11 +18,12 @@ from flagtree.ir import interp
 from flagtree.ir.canonical import digest, isolate
 from flagtree.ir.evaluate import torch_dtype
 from flagtree.ir.program import Kernel, Program
-from flagtree.ir.text import parse_program
+from flagtree.ir.text import parse_program, print_program
 from flagtree.runtime.cpu import levels
 from flagtree.toolchain import cxx
 
 torch.set_num_threads(1)
+Tensors = Mapping[str, torch.Tensor]
 CANARY = 64  # bytes before and after each buffer
 
 
@@ -76,15 +77,13 @@ def empty(program: Program, name: str, symbols: Mapping[str, int]) -> torch.Tens
     return out.fill_(fill) if out.numel() else out
 
 
-def run(text: str, inputs: Mapping[str, torch.Tensor], symbols: Mapping[str, int] | None = None, shift: int = 0) -> dict[str, torch.Tensor]:
+def run(text: str, inputs: Tensors, symbols: Mapping[str, int] | None = None, shift: int = 0) -> dict[str, torch.Tensor]:
     """Outputs by buffer name, equal at every level."""
     program = parse_program(text)
     symbols = dict(symbols or {})
     kernel = program.steps[0]
     assert isinstance(kernel, Kernel)
     alone = isolate(program, kernel)
-    from flagtree.ir.text import print_program
-
     isolated_text = print_program(alone.program)
     results: list[dict[str, torch.Tensor]] = []
     for level in levels():
@@ -103,7 +102,7 @@ def run(text: str, inputs: Mapping[str, torch.Tensor], symbols: Mapping[str, int
     return results[0]
 
 
-def reference(text: str, inputs: Mapping[str, torch.Tensor], symbols: Mapping[str, int] | None = None, **options: str) -> dict[str, torch.Tensor]:
+def reference(text: str, inputs: Tensors, symbols: Mapping[str, int] | None = None, **options: str) -> dict[str, torch.Tensor]:
     """The interpreter's outputs and written inputs."""
     program = parse_program(text)
     kernel = program.steps[0]
@@ -123,7 +122,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(nan, b.isnan()) and torch.equal(a[~nan], b[~nan]) and torch.equal(a[~nan].signbit(), b[~nan].signbit())
 
 
-def check_exact(text: str, inputs: Mapping[str, torch.Tensor], symbols: Mapping[str, int] | None = None, shift: int = 0) -> dict[str, torch.Tensor]:
+def check_exact(text: str, inputs: Tensors, symbols: Mapping[str, int] | None = None, shift: int = 0) -> dict[str, torch.Tensor]:
     """C++ gives the interpreter's bits."""
     ours, theirs = run(text, inputs, symbols, shift), reference(text, inputs, symbols)
     for name, value in ours.items():
@@ -132,10 +131,11 @@ def check_exact(text: str, inputs: Mapping[str, torch.Tensor], symbols: Mapping[
     return ours
 
 
-def check_close(text: str, inputs: Mapping[str, torch.Tensor], symbols: Mapping[str, int] | None = None, shift: int = 0) -> dict[str, torch.Tensor]:
+def check_close(text: str, inputs: Tensors, symbols: Mapping[str, int] | None = None, shift: int = 0) -> dict[str, torch.Tensor]:
     """The project's rule of equality: root-mean-square error against float64 at most 4x the interpreter's plus 1e-6 of the mean
     magnitude; NaN and inf at the same places; integers equal."""
-    ours, theirs, truth = run(text, inputs, symbols, shift), reference(text, inputs, symbols), reference(text, inputs, symbols, dtype_override="f64")
+    ours, theirs = run(text, inputs, symbols, shift), reference(text, inputs, symbols)
+    truth = reference(text, inputs, symbols, dtype_override="f64")
     for name, value in ours.items():
         if not value.dtype.is_floating_point:
             assert torch.equal(value, theirs[name]), name

@@ -18,7 +18,7 @@ def sample(step: int) -> torch.Tensor:
     """Every `step`-th f32 bit pattern, and dense stretches where functions bend."""
     patterns = torch.arange(0, 2**32, step, dtype=torch.int64).to(torch.int32).view(torch.float32)
     g = torch.Generator().manual_seed(0)
-    dense = [torch.linspace(-110, 110, 40009), torch.randn(40000, generator=g), torch.linspace(-2, 2, 40009), torch.linspace(0.4, 2.1, 40009)]
+    dense = [torch.randn(40000, generator=g), *(torch.linspace(a, b, 40009) for a, b in ((-110, 110), (-2, 2), (0.4, 2.1)))]
     edges = torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, -1e-45, 1.1754944e-38, 3.4028235e38, 88.72283, 88.72284, -103.97,
                           -103.98, -87.34, 1.0, -1.0])  # fmt: skip
     return torch.cat([patterns, *dense, edges])

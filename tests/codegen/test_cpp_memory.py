@@ -65,7 +65,8 @@ def test_nothing_is_touched_beyond_a_page(at_end: bool) -> None:
             assert libc.mprotect(ctypes.c_void_p(guard), page, 0) == 0
         return memory, address
 
-    for text, names, kind in ((pointwise("f32"), "ab", torch.float32), (pointwise("bf16"), "ab", torch.bfloat16), (ROTARY, "xcs", torch.float32)):
+    cases = ((pointwise("f32"), "ab", torch.float32), (pointwise("bf16"), "ab", torch.bfloat16), (ROTARY, "xcs", torch.float32))
+    for text, names, kind in cases:
         program = parse_program(text)
         kernel = program.steps[0]
         assert isinstance(kernel, Kernel)

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from flagtree.errors import CodegenError
 from flagtree.codegen.cpp import generate
+from flagtree.errors import CodegenError
 from flagtree.ir.evaluate import torch_dtype
 from flagtree.ir.text import parse_program
 from tests.codegen.cpp_runner import check_close, check_exact, reference, run
@@ -173,7 +173,8 @@ def test_arg_reductions_take_the_first(combiner: str, dtype: str) -> None:
             x[3] = math.inf
         got = run(pair_kernel(combiner, dtype), {"x": x}, {"n0": 6, "n1": size})
         truth = getattr(torch, combiner)(x.float() if dtype == "bf16" else x, -1)
-        first = [int((x[i] != x[i]).nonzero()[0]) if bool((x[i] != x[i]).any()) else int((x[i] == x[i, truth[i]]).nonzero()[0]) for i in range(6)]
+        wins = [(row != row) if bool((row != row).any()) else row == row[best] for row, best in zip(x, truth, strict=True)]
+        first = [int(w.nonzero()[0]) for w in wins]
         assert got["z"].tolist() == first
         assert torch.equal(got["y"].nan_to_num(99), x[torch.arange(6), torch.tensor(first)].nan_to_num(99))
 
@@ -243,7 +244,8 @@ def test_softmax(dtype: str) -> None:
 
 
 def test_softmax_in_place_reads_old_values() -> None:
-    text = softmax_kernel("f32").replace("  buffer y: f32[n0, n1] temp\n", "").replace("store y", "store x").replace("outputs y", "outputs x")
+    text = softmax_kernel("f32").replace("  buffer y: f32[n0, n1] temp\n", "")
+    text = text.replace("store y", "store x").replace("outputs y", "outputs x")
     for size in (5, 16, 100):
         x = torch.randn(60, size, generator=torch.Generator().manual_seed(size))
         got = check_close(text, {"x": x}, {"n0": 60, "n1": size})["x"]
@@ -325,8 +327,10 @@ def scan_kernel(combiner: str, dtype: str, axis: int, source: str) -> str:
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize(("combiner", "dtype", "source"), [("sum", "f32", "f32"), ("sum", "f32", "bf16"), ("sum", "i64", "i64"), ("sum", "i64", "b1"),
-                                                          ("prod", "f32", "f32"), ("max", "f32", "f32"), ("min", "i32", "i32"), ("any", "b1", "b1")])  # fmt: skip
+@pytest.mark.parametrize(("combiner", "dtype", "source"), [
+    ("sum", "f32", "f32"), ("sum", "f32", "bf16"), ("sum", "i64", "i64"), ("sum", "i64", "b1"),
+    ("prod", "f32", "f32"), ("max", "f32", "f32"), ("min", "i32", "i32"), ("any", "b1", "b1"),
+])  # fmt: skip
 def test_scan(combiner: str, dtype: str, source: str, axis: int) -> None:
     for shape in ((3, 1), (2, 17), (19, 40), (0, 3), (3, 0)):
         x = torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(1)).to(torch_dtype(source))

@@ -66,7 +66,8 @@ def test_the_flat_position_itself_may_be_joined() -> None:
 
 def test_unit_axes_vanish_but_a_reduction_keeps_one() -> None:
     buffers = "  buffer x: f32[1, n1, 1] input\n  buffer y: f32[1, n1] temp\n"
-    kernel = flat("v0: f32 = load x[i0, i1, r0]\nv1: f32 = sum v0 over r0\nstore y[i0, i1] = v1", buffers, "{i0 < 1, i1 < n1} reduce {r0 < 1}")
+    body = "v0: f32 = load x[i0, i1, r0]\nv1: f32 = sum v0 over r0\nstore y[i0, i1] = v1"
+    kernel = flat(body, buffers, "{i0 < 1, i1 < n1} reduce {r0 < 1}")
     assert axes(kernel) == ["i1 < n1", "r0 < 1"]
 
 
@@ -109,7 +110,7 @@ def test_rotary_splits_in_two_without_branches() -> None:
     assert [str(p) for p in breakpoints(kernel, "i2")] == ["64"]
     first, second = segments(kernel, "i2")
     assert (str(first.lo), str(first.hi), str(second.hi)) == ("0", "64", "128")
-    assert [print_op(op) for op in first.body][0].endswith("i2 + 64]")
+    assert print_op(first.body[0]).endswith("i2 + 64]")
     assert any("neg" in print_op(op) for op in first.body)
     assert not any("neg" in print_op(op) or "%" in print_op(op) or "lt" in print_op(op) for op in second.body)
 

@@ -49,9 +49,10 @@ def test_golden_source(name: str) -> None:
 @pytest.mark.parametrize("name", list(TEXTS))
 def test_only_the_portable_subset(name: str) -> None:
     text = source(name).text
-    allowed = {"arange", "full", "load", "store", "where", "sum", "reduce", "associative_scan", "program_id", "broadcast_to", "div_rn", "sqrt_rn",
-               "sqrt", "exp", "exp2", "abs", "floor", "ceil", "debug_barrier", "atomic_add", "atomic_max", "int1", "int8", "int16", "int32", "int64",
-               "uint8", "float16", "bfloat16", "float32", "float64"}  # fmt: skip
+    functions = "arange full load store where sum reduce associative_scan program_id broadcast_to debug_barrier"
+    functions += " div_rn sqrt_rn sqrt exp exp2 abs floor ceil"
+    types = "int1 int8 int16 int32 int64 uint8 float16 bfloat16 float32 float64"
+    allowed = {*functions.split(), *types.split(), "atomic_add", "atomic_max"}
     used = set(re.findall(r"\btl\.(\w+)", text))
     assert used <= allowed
     compile(text, name, "exec")
@@ -200,16 +201,9 @@ _NESTED = """  symbol s1 in 1..9000000 from dim x 1
         (lambda: source("rmsnorm", Schedule("r0", (("r0", 3000),), ("r0",))), "not a power of two"),
         (lambda: source("rmsnorm", Schedule("r0", (("r0", 4096),), (), 64)), "64 warps of 32 threads"),
         (lambda: source("rmsnorm", Schedule("r0", (("r0", 4096), ("i1", 1024)))), "Triton's limit"),
-        (lambda: generate_text("  buffer x: bf16[s0, 40] input\n  buffer j: i64[s0] input\n  buffer y: bf16[9, 40] state\n  kernel k {i0 < s0, i1 < 40}\n"
-                               "    a0: bf16 = load x[i0, i1]\n    j0: i64 = load j[i0]\n    store.add y[j0, i1] = a0\n  outputs y\n"),
-         "no portable atomic add on bf16"),
-        (lambda: generate_text("  buffer x: f32[s0, 5000] input\n  buffer y: f32[s0] state\n  buffer z: f32[s0, 5000] temp\n  kernel k {i0 < s0, i1 < 5000}\n"
-                               "    a0: f32 = load x[i0, i1]\n    c: f32 = load y[i0]\n    a1: f32 = add a0, c\n    d: f32 = add c, 1.0\n"
-                               "    store z[i0, i1] = a1\n    store y[i0] = d\n  outputs z, y\n"),
-         "updated in place by program instances that share"),
-        (lambda: generate_text("  symbol s1 in 1..9000000 from dim x 1\n  buffer x: f32[s0, s1] input\n  buffer y: f32[s0] temp\n  kernel k {} reduce {r0 < s0, r1 < s1}\n"
-                               "    a0: f32 = load x[r0, r1]\n    a1: f32 = sum a0 over r1\n    store y[r0] = a1\n    a2: f32 = max a1 over r0\n    store y[0] = a2\n  outputs y\n"),
-         "nested in the loop"),
+        (lambda: generate_text(_SCATTER), "no portable atomic add on bf16"),
+        (lambda: generate_text(_SHARED), "updated in place by program instances that share"),
+        (lambda: generate_text(_NESTED), "nested in the loop"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_expressed_is_refused_with_a_reason(make: Callable[[], object], said: str) -> None:

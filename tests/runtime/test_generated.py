@@ -107,7 +107,9 @@ def test_a_block_with_two_layers(dtype: str, tmp_path: Path) -> None:
     bound = {n: (torch.randn(shape) * 0.3).to(torch_type) for n, shape in shapes.items()}
     for level in cpu.levels():
         library = link([(b.digest, b.files[f"{level}.o"]) for b in built], level)
-        trust = write_bundle(tmp_path / level, name="block", target="cpu", parts={"block": launch}, kernels=built, libraries={level: library})
+        trust = write_bundle(
+            tmp_path / level, name="block", target="cpu", parts={"block": launch}, kernels=built, libraries={level: library}
+        )
         part = flagtree.load(tmp_path / level, trust=trust).parts["block"]
         call = part.bind(bound)
         for batch, length in ((2, 5), (1, 1), (0, 3), (4, 64), (2, 5)):

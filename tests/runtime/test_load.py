@@ -102,7 +102,7 @@ def test_a_bundle_runs_and_writes_its_states_in_place(write: Write, tmp_path: Pa
     assert isinstance(loaded, LoadedBundle)
     part = loaded.parts["decode"]
     bound = part.bind(w := weights())
-    for batch, context, pos in ((1, 8, 0), (8, 64, 63), (3, 16, 5)):
+    for batch, context, pos in ((1, 8, 0), (8, 64, 63), (3, 16, 5), (3, 40, 35), (3, 16, 7)):
         given = inputs(batch, context, pos)
         for run in (bound, lambda t: part({**w, **t})):
             given["cache"].zero_()

@@ -154,7 +154,8 @@ def test_a_compiler_that_fails_shows_its_first_error(monkeypatch: pytest.MonkeyP
     real = cxx.find_compiler()
     with pytest.raises(ToolchainError, match=r"kernel.cpp:1:\d+: error"):
         cxx.compile_object("this is no C++;", "x86-64-v2" if real.machine == "x86_64" else "aarch64", real)
-    broken = script(tmp_path / "broken c++", f'case "$1" in --version) echo "g++ 99";; -dumpmachine) echo {real.machine}-linux-gnu;; *) exit 0;; esac\n')
+    answers = f'--version) echo "g++ 99";; -dumpmachine) echo {real.machine}-linux-gnu;; *) exit 0;;'
+    broken = script(tmp_path / "broken c++", f'case "$1" in {answers} esac\n')
     monkeypatch.setenv("FLAGTREE_CXX", broken)
     assert settings.cxx == broken
     with pytest.raises(ToolchainError, match="wrote nothing"):

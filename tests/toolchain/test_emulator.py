@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from flagtree.errors import ToolchainError
-from flagtree.toolchain import emulator
+from flagtree.toolchain import emulator, emulator_session
 from flagtree.toolchain.base import BuiltKernel
 
 pytestmark = pytest.mark.skipif(bool(emulator.missing()), reason=emulator.missing())
@@ -192,6 +193,31 @@ def test_built_kernels_are_checked() -> None:
         emulator.execute_built(built(COPY, [["-", "n0", 1], 1, 1]), "generic", [integers(64), integers(64)], [1])
 
 
+def test_promises_are_checked_before_the_run() -> None:
+    kernel = built(COPY, [1, 1, 1])
+    launch = {**kernel.launch, "variants": {"aligned": {"shared": 0, "requires": ["b1", "n0"]}}}
+    aligned = dataclasses.replace(kernel, launch=launch, files={"aligned.llir": kernel.files["generic.llir"]})
+    base = integers(80)
+    with pytest.raises(ToolchainError, match="needs b1 divisible by 16"):
+        emulator.execute_built(aligned, "aligned", [base, base[1:]], [32])
+    with pytest.raises(ToolchainError, match="needs n0 divisible by 16"):
+        emulator.execute_built(aligned, "aligned", [base, base], [7])
+
+
+def test_an_interrupted_request_is_not_answered_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    kernel(COPY).run((1,), 1, [integers(64), integers(64)])
+    with monkeypatch.context() as patch:
+        patch.setattr(emulator_session.select, "select", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            kernel(COPY).run((1,), 1, [integers(64), integers(64)])
+    out = integers(64)
+    kernel(COPY).run((1,), 1, [integers(64) + 2, out])
+    assert out[0] == 2
+
+
 def test_arithmetic_faults_and_endless_loops() -> None:
     divide = "  %d = udiv i32 1, %t\n  store i32 %d, ptr addrspace(1) %1, align 4\n"
     with pytest.raises(ToolchainError, match="division by zero"):
@@ -259,7 +285,7 @@ def test_importing_and_dying_parents() -> None:
     """Importing starts nothing and imports neither triton nor torch; the emulator's process ends with its parent."""
     code = "import sys, flagtree.toolchain.maca, flagtree.toolchain.emulator; print([m for m in ('torch', 'triton') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
-    code = "from flagtree.toolchain import emulator; s = emulator._current(); print(s._process.pid, flush=True)"
+    code = "from flagtree.toolchain import emulator_session; s = emulator_session.current(); print(s._process.pid, flush=True)"
     pid = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)

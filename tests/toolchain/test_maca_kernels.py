@@ -19,7 +19,7 @@ from flagtree.ir.canonical import Isolated, digest, isolate
 from flagtree.ir.program import Kernel
 from flagtree.ir.text import parse_program
 from flagtree.targets import find_target
-from flagtree.toolchain import emulator, maca
+from flagtree.toolchain import emulator, emulator_session, maca, triton_aot
 from flagtree.toolchain.base import BuiltKernel
 from flagtree.toolchain.triton_aot import Workers, workers
 from tests.toolchain.maca_programs import CASES, Case, Tensors
@@ -127,6 +127,19 @@ def test_bytes_do_not_depend_on_the_jobs(built: dict[tuple[str, str], BuiltKerne
     assert [k.launch for k in again] == [built[key].launch for key in keys]
 
 
+def test_other_targets_run_their_own_ttir() -> None:
+    """What the emulator executes for cuda and rocm is lowered from the very TTIR of their binaries, both variants."""
+    keys = [("rms_norm", "bf16"), ("softmax", "f32"), ("concatenate", "bf16")]
+    parts = [(digest(isolated(*key).program), isolated(*key).program) for key in keys]
+    for target in (find_target("cuda:sm80"), find_target("rocm:gfx942")):
+        shipped = triton_aot.build(parts, target, 2)
+        emulated = maca.build_for_emulation(parts, target, 2)
+        for (name, dtype), ours, theirs in zip(keys, emulated, shipped, strict=True):
+            for variant in ("aligned", "generic"):
+                assert ours.files[f"{variant}.ttir"] == theirs.files[f"{variant}.ttir"]
+            assert survives(name, dtype, ours)
+
+
 # -- broken code must be seen -------------------------------------------------------------------------------------------
 def survives(name: str, dtype: str, kernel: BuiltKernel) -> bool:
     """Whether the kernel still passes at every size of its case."""
@@ -202,7 +215,7 @@ def test_deleting_a_rounding_is_seen(pool: Workers, built: dict[tuple[str, str],
 
 def test_fifteen_kernels_cost_little(built: dict[tuple[str, str], BuiltKernel]) -> None:
     """The certificate runs each distinct kernel once: at most 15 CPU seconds for 15 kernels (here: well below, tests share the machine)."""
-    session = emulator._current()
+    session = emulator_session.current()
     before, started = sum(_cpu(session)), time.process_time()
     for name in CASES:
         case, part = CASES[name], isolated(name, "bf16")
@@ -212,7 +225,7 @@ def test_fifteen_kernels_cost_little(built: dict[tuple[str, str], BuiltKernel]) 
     assert time.process_time() - started + sum(_cpu(session)) - before < 15
 
 
-def _cpu(session: emulator.Session) -> tuple[float, float]:
+def _cpu(session: emulator_session.Session) -> tuple[float, float]:
     """Seconds of user and system time of the emulator's process and its children."""
     fields = Path(f"/proc/{session._process.pid}/stat").read_text().rsplit(")", 1)[1].split()
     user, system, child_user, child_system = (int(f) / 100 for f in fields[11:15])

@@ -239,7 +239,8 @@ def test_stock_triton_31_compiles_every_kernel(tmp_path: Path) -> None:
         source = generate(keyed(name)[1], keyed(name)[0], SM80)
         path = tmp_path / f"{name}.py"
         path.write_text(source.text)
-        requests.append({"name": name, "path": str(path), "function": source.function, "signature": source.signature, "aligned": source.aligned,
+        requests.append({"name": name, "path": str(path), "function": source.function, "signature": source.signature,
+                         "aligned": source.aligned,
                          "warps": source.warps})  # fmt: skip
     script = Path(__file__).with_name("triton31_gate.py")
     done = subprocess.run([str(settings.triton31_python), str(script)], input=json.dumps(requests), capture_output=True, text=True,

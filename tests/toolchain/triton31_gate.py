@@ -1,4 +1,4 @@
-"""Run by the Python of `settings.triton31_python`: compiles generated modules with stock Triton 3.1 for cuda:80 (its own ASTSource form)."""
+"""Run by the Python of `settings.triton31_python`: generated modules through stock Triton 3.1 for cuda:80 (its own ASTSource form)."""
 
 import importlib.util
 import json

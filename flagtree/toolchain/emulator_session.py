@@ -1,0 +1,130 @@
+"""The emulator's process: started at first use, kept for all kernels, replaced after it died.
+
+The invariant: one request, one answer; a process that does not answer in time, or whose answer nobody waited for, is ended.
+`emulator` asks `current()` for it; emulator_worker.py is what runs in it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib.util
+import itertools
+import json
+import os
+import platform
+import select
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flagtree.errors import ToolchainError
+
+
+class Session:
+    """The emulator's process; one serves all kernels of this process.  Start-up costs about half a CPU second."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="flagtree-emulator-")
+        self.folder = Path(self._folder.name)
+        self.owner = os.getpid()
+        self.loaded: set[str] = set()
+        self._numbers = itertools.count()
+        self._lock = threading.Lock()
+        self._errors = (self.folder / "stderr").open("w+b")
+        here = Path(__file__)
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", str(here.with_name("emulator_worker.py"))],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
+        )  # fmt: skip
+        self.request({"runtime": str(here.with_name("emulator_runtime.c")), "compiler": _compiler(), "folder": str(self.folder)}, 120)
+
+    def new_file(self) -> Path:
+        """A path that no other run of this session uses."""
+        return self.folder / f"memory-{next(self._numbers)}"
+
+    @property
+    def alive(self) -> bool:
+        return self.owner == os.getpid() and self._process.poll() is None
+
+    def request(self, message: Mapping[str, object], seconds: float) -> dict[str, Any]:
+        """One request, one answer.  Raises ToolchainError when the process fails, dies or does not answer in time."""
+        with self._lock:
+            try:
+                line = self._exchange(json.dumps(message).encode() + b"\n", seconds)
+            except BaseException:  # an interrupt leaves an answer behind, which the next request must not read
+                self.close()
+                raise
+        if line is None:
+            self.close()
+            raise ToolchainError(
+                "an emulated kernel does not end", why=f"no answer within {seconds:g} s", hint="run fewer blocks or smaller shapes"
+            )
+        if not line:
+            code = self._process.wait()
+            raise ToolchainError("the emulator's process died", why=f"exit status {code}: {self._stderr()}")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise ToolchainError("the emulator failed", why=answer["error"])
+        return answer
+
+    def _exchange(self, line: bytes, seconds: float) -> bytes | None:
+        """The answer's line; empty when the process ended, None when it says nothing in time."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(line)
+            self._process.stdin.flush()
+            ready, _, _ = select.select([self._process.stdout], [], [], seconds)
+            return self._process.stdout.readline() if ready else None
+        except BrokenPipeError:
+            return b""
+
+    def _stderr(self) -> str:
+        return (self.folder / "stderr").read_text(errors="replace").strip()[-1000:]
+
+    def close(self) -> None:
+        """End the process and remove its files."""
+        if self.owner != os.getpid():
+            return
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._errors):
+            if stream:
+                stream.close()
+        self._folder.cleanup()
+
+
+_session: Session | None = None
+
+
+def current() -> Session:
+    """The session of this process, started at first use and again after it died."""
+    global _session
+    if _session is None or not _session.alive:
+        if _session is not None:
+            _session.close()
+        _session = Session()
+        atexit.register(_session.close)
+    return _session
+
+
+def _compiler() -> list[str]:
+    from flagtree.toolchain.cxx import find_compiler
+
+    return [find_compiler().path]
+
+
+def missing() -> str:
+    """Why the emulator cannot run here; empty when it can (x86-64 Linux, Triton, a C compiler)."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return f"the emulator runs on x86-64 Linux, not on {sys.platform} {platform.machine()}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    try:
+        _compiler()
+    except ToolchainError as error:
+        return error.what
+    return ""

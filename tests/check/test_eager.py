@@ -1,0 +1,135 @@
+"""The eager counterpart of each fused kernel, found from the middle of a graph, has the bits of running the whole graph eagerly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from flagtree.capture.model import capture
+from flagtree.capture.model_spec import ModelSpec
+from flagtree.check.eager import NoEager, eager_outputs
+from flagtree.ir.canonical import kernels
+from flagtree.ir.program import Origin
+from tests.check.graphs import Traced, trace, trace_function
+
+CONFIG: dict[str, Any] = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 48, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False,
+    "head_dim": 16, "attention_bias": False, "use_sliding_window": False,
+}  # fmt: skip
+PARTS = {"prefill": {"batch": [1, 4], "sequence": [1, 32], "context": [1, 48]}, "decode": {"batch": [1, 4], "context": [1, 48]}}
+
+
+def check_kernels(traced: Traced) -> tuple[int, list[str]]:
+    """(kernels whose stored buffers all have eager's bits, why the others were not compared)."""
+    compared, refused = 0, []
+    for kernel in kernels(traced.program.steps):
+        names = dict.fromkeys((*kernel.reads, *kernel.writes))
+        tensors = {n: traced.before[n] if n in traced.before else traced.after[n] for n in names if n in traced.before or n in traced.after}
+        for name in kernel.writes:
+            if name not in traced.before and name in traced.after:
+                tensors[name] = torch.full_like(traced.after[name], -77)
+        try:
+            found = eager_outputs(traced.graph, traced.program, kernel, tensors, traced.symbols, traced.lowered.symbols)
+        except NoEager as error:
+            refused.append(error.why)
+            continue
+        for name, value in found.items():
+            assert value.dtype == traced.after[name].dtype
+            assert torch.equal(value, traced.after[name]), f"{kernel.name}: {name}"
+        compared += set(found) == set(kernel.writes)
+    return compared, refused
+
+
+@pytest.mark.parametrize("part", ["prefill", "decode"])
+def test_every_kernel_of_a_small_qwen3_has_the_bits_of_the_whole_graph(part: str) -> None:
+    spec = ModelSpec.model_validate({"name": "small", "architecture": "Qwen3ForCausalLM", "dtype": "bfloat16", "config": CONFIG,
+                                     "parts": PARTS, "capture": {"layers": 64}})
+    captured = capture(spec, part)
+    batch, tokens, context = 3, 5 if part == "prefill" else 1, 11
+    given: dict[str, torch.Tensor] = {"ids": torch.randint(0, 97, (batch, tokens)), "start": torch.tensor([0, 4, 6]),
+                                      "last": torch.tensor([4, 2, 3]), **captured.constants}
+    for p in captured.placeholders:
+        if p.role == "state":
+            given[p.qualified] = torch.randn(batch, 2, context, 16).bfloat16()
+        elif p.role == "weight":
+            given[p.qualified] = torch.randn([int(n) for n in p.value.shape]).bfloat16()
+    names = [p.qualified for p in captured.placeholders]
+    traced = trace(captured.graph_module, names, [p.value for p in captured.placeholders],
+                   {p.qualified: p.role for p in captured.placeholders}, [given[n] for n in names])
+    compared, refused = check_kernels(traced)
+    assert refused == []
+    assert compared == len(list(kernels(traced.program.steps))) >= 12
+
+
+def rms(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    wide = x.float()
+    return w * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def rotated(x: torch.Tensor) -> torch.Tensor:
+    half = x.shape[-1] // 2
+    return torch.cat((-x[..., half:], x[..., :half]), -1)
+
+
+def rope(x: torch.Tensor, w: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    q = rms(x.view(2, 7, 4, 16), w).transpose(1, 2)
+    return q * cos.unsqueeze(1) + rotated(q) * sin.unsqueeze(1)
+
+
+def residual(x: torch.Tensor, y: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return x + y, rms(x + y, w)
+
+
+def in_place(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    z = x * 2
+    z.add_(y)
+    z[:, 0].fill_(3)
+    x.copy_(z + 1)
+    return z.exp()
+
+
+def half(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape).bfloat16()
+
+
+CASES: dict[str, tuple[Callable[..., Any], Callable[[], tuple[torch.Tensor, ...]]]] = {
+    "rms norm": (rms, lambda: (half(3, 5, 64), half(64))),
+    "residual and norm": (residual, lambda: (half(3, 5, 64), half(3, 5, 64), half(64))),
+    "rotary": (rope, lambda: (half(2, 7, 64), half(16), half(2, 7, 16), half(2, 7, 16))),
+    "gated": (lambda a, b: F.silu(a) * b, lambda: (half(3, 64), half(3, 64))),
+    "in place": (in_place, lambda: (torch.randn(4, 6), torch.randn(4, 6))),
+    "softmax of a view": (lambda x: torch.softmax(x[:, 1:].t() * 0.3, -1), lambda: (torch.randn(5, 9),)),
+    "layer norm": (lambda x, w, b: F.gelu(F.layer_norm(x, (32,), w, b)), lambda: (half(3, 32), half(32), half(32))),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_kernels_of_traced_functions(name: str, dynamic: bool) -> None:
+    function, make = CASES[name]
+    compared, refused = check_kernels(trace_function(function, *make(), dynamic=dynamic))
+    assert refused == []
+    assert compared >= 1
+
+
+def test_cross_entropy_says_what_has_no_counterpart() -> None:
+    """The loss of each row lives inside one ATen operator: its kernel is compared, or the reason names what is missing."""
+    traced = trace_function(lambda x, t: F.cross_entropy(x, t), torch.randn(7, 50), torch.randint(0, 50, (7,)))
+    compared, refused = check_kernels(traced)
+    assert compared + len(refused) == len(list(kernels(traced.program.steps)))
+    assert all("internal to one operator" in why or "which the kernel does not read" in why for why in refused)
+
+
+def test_a_kernel_of_another_graph_is_refused() -> None:
+    traced = trace_function(in_place, torch.randn(4, 6), torch.randn(4, 6))
+    kernel = next(k for k in kernels(traced.program.steps) if any(w in traced.before for w in k.writes))
+    stranger = replace(kernel, origins=(Origin("elsewhere"),))
+    tensors = {n: traced.before.get(n, traced.after.get(n)) for n in (*kernel.reads, *kernel.writes)}
+    with pytest.raises(NoEager, match="no call of the captured graph"):
+        eager_outputs(traced.graph, traced.program, stranger, tensors, traced.symbols, traced.lowered.symbols)
