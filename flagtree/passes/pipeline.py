@@ -6,6 +6,7 @@ Adding a pass is one file and one line in PASSES; out of tree by the entry point
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,16 @@ from flagtree.targets.base import Target
 
 PASSES: dict[str, type] = {p.name: p for p in (Canonicalize, Reinplace, FusePointwise, FuseReduction, ScheduleKernels)}
 After = Callable[[Pass, Program, Report], None]
+
+
+def known_passes() -> dict[str, type]:
+    """Ours and those of installed packages, by name.  FlagtreeError when two have one name: nothing is overridden silently."""
+    found = dict(PASSES)
+    for entry in importlib.metadata.entry_points(group="flagtree.passes"):
+        if entry.name in found:
+            raise FlagtreeError(f"two passes are called '{entry.name}'", where=entry.value, hint="uninstall one of the packages")
+        found[entry.name] = entry.load()
+    return found
 
 
 def pipeline(target: Target) -> tuple[Pass, ...]:
@@ -65,11 +76,11 @@ def run_pipeline(
 
 def parse_pipeline(text: str) -> tuple[Pass, ...]:
     """`canonicalize, fuse_pointwise{max_ops=4}` to passes; the inverse of joining `spec(p)` with commas."""
-    passes = []
+    passes, known = [], known_passes()
     for name, options in re.findall(r"([A-Za-z_]\w*)\s*(?:\{([^}]*)\})?\s*(?:,|$)", text.strip()):
-        if name not in PASSES:
-            raise UnknownName("pass", name, PASSES)
-        passes.append(PASSES[name](**_options(PASSES[name], options)))
+        if name not in known:
+            raise UnknownName("pass", name, known)
+        passes.append(known[name](**_options(known[name], options)))
     if not passes:
         raise FlagtreeError(f"no pass in '{text}'", hint="flagtree opt FILE -p 'canonicalize, fuse_pointwise{max_ops=64}'")
     return tuple(passes)

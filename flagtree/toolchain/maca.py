@@ -6,7 +6,7 @@ Triton runs in the worker processes of `triton_aot`, with the backend of `maca_b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import PurePosixPath
 
@@ -43,7 +43,7 @@ def build_for_emulation(
 ) -> list[BuiltKernel]:
     """Kernels of another target of Triton (cuda, rocm) as that target's own source, lowered for the emulator instead of the target.
 
-    The TTIR is the one that the target's build has, without its warps and layouts; what the target's own compiler makes of it is not
+    The TTIR is to the byte the one that the target's build has, warps and layouts come after it; what the target's own compiler makes of it is not
     executed.  At most 8 warps.  Raises what `build` raises.
     """
     sources = [(digest, generate(program, digest, target)) for digest, program in kernels]
@@ -51,13 +51,17 @@ def build_for_emulation(
         return []
     sources = [(digest, replace(source, warps=min(source.warps, MAX_WARPS))) for digest, source in sources]
     with workers(min(jobs, len(sources))) as pool:
-        return build_sources(sources, METAX, pool, progress)
+        return build_sources(sources, METAX, pool, progress, {"ttir_of": target.triton})
 
 
 def build_sources(
-    sources: Sequence[tuple[str, TritonSource]], target: Target, pool: Workers, progress: Progress = SILENT
+    sources: Sequence[tuple[str, TritonSource]],
+    target: Target,
+    pool: Workers,
+    progress: Progress = SILENT,
+    options: Mapping[str, object] | None = None,
 ) -> list[BuiltKernel]:
-    """`build` from sources, in worker processes that the caller holds."""
+    """`build` from sources, in worker processes that the caller holds; `options` are MacaOptions beyond the source's own."""
     if target.triton is None:
         raise ToolchainError(f"{target.name} is no target of Triton")
     for _, source in sources:
@@ -67,7 +71,7 @@ def build_sources(
                 where=source.function,
                 why=f"a block has at most {MAX_WARPS} warps of {target.warp} threads",
             )
-    futures = [pool.submit(source, target.triton, {}, STAGES, _PREPARE) for _, source in sources]
+    futures = [pool.submit(source, target.triton, options or {}, STAGES, _PREPARE) for _, source in sources]
     out = []
     for (digest, source), future in zip(sources, futures, strict=True):
         out.append(_built(digest, source, future.result(), target))

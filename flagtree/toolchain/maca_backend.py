@@ -18,6 +18,7 @@ from triton._C.libtriton import amd, ir, llvm, passes
 from triton.backends import Backend, backends
 from triton.backends.compiler import BaseBackend, GPUTarget, Language
 from triton.backends.driver import DriverBase
+from triton.compiler import make_backend
 
 from flagtree.errors import ToolchainError
 from flagtree.toolchain.maca_ir import LANES, convert
@@ -70,6 +71,7 @@ class MacaOptions:
     arch: int = 80
     instrumentation_mode: str = ""
     matrix_cores: bool = True  # False: tl.dot by fused multiply-adds
+    ttir_of: tuple[str, object, int] | None = None  # GPUTarget whose own passes make the TTIR: to run what another target ships
 
     def __post_init__(self) -> None:
         if not 0 < self.num_warps <= MAX_WARPS or self.num_warps & (self.num_warps - 1):
@@ -128,7 +130,7 @@ class MacaBackend(BaseBackend):
     def add_stages(self, stages: dict[str, Callable], options: MacaOptions, language: Language = Language.TRITON) -> None:
         if language != Language.TRITON:
             raise ToolchainError(f"the MACA lowering takes Triton, not {language}")
-        stages["ttir"] = lambda module, metadata: make_ttir(module)
+        stages["ttir"] = lambda module, metadata: make_ttir(module, metadata, options)
         stages["ttgir"] = lambda module, metadata: make_ttgir(module, options)
         stages["llir"] = lambda module, metadata: make_llir(module, metadata, options).encode()
 
@@ -177,8 +179,12 @@ def _add(namespace: Any, name: str, manager: Any, *signatures: tuple) -> None:
     raise ToolchainError(f"the MACA lowering cannot use Triton {triton.__version__}", why=f"the pass {name} has an unknown signature")
 
 
-def make_ttir(module: Any) -> Any:
-    """Target-independent cleaning of Triton IR, the upstream list."""
+def make_ttir(module: Any, metadata: dict[str, Any], options: MacaOptions) -> Any:
+    """Target-independent cleaning of Triton IR: the upstream list, or exactly what Triton does for `options.ttir_of`."""
+    if options.ttir_of is not None:
+        backend, stages = make_backend(GPUTarget(*options.ttir_of)), {}
+        backend.add_stages(stages, backend.parse_options({"enable_fp_fusion": options.enable_fp_fusion}), Language.TRITON)
+        return stages["ttir"](module, metadata)
     manager = _manager(module)
     passes.common.add_inliner(manager)
     if hasattr(passes.ttir, "add_rewrite_tensor_pointer"):  # until 3.8
