@@ -85,17 +85,17 @@ def assemble(parts: Mapping[str, CapturedPart], target: Target, jobs: int, progr
     from flagtree.check.evidence import gather
 
     evidence = gather(generated, built, target, jobs, progress, store)
+    reports = {name: _report(name, g, target, built) for name, g in generated.items()}
     content = {
         "parts": {name: launch_list(g.program, g.kernels) for name, g in generated.items()},
         "kernels": [built[d] for d in sorted(built)],
         "libraries": _libraries(target, built),
         "constants": _constants(parts),
-        "coverage": _coverage(generated),
+        "coverage": _coverage(generated, reports),
         "versions": versions(target),
         "certificate": evidence.content,
     }
-    reports = tuple(_report(name, g, target, built) for name, g in generated.items())
-    return Assembled(content, reports, _tiers(built), evidence.executed)
+    return Assembled(content, tuple(reports.values()), _tiers(built), evidence.executed)
 
 
 def _report(name: str, g: GeneratedPart, target: Target, built: Mapping[str, BuiltKernel]) -> PartReport:
@@ -123,11 +123,12 @@ def _constants(parts: Mapping[str, CapturedPart]) -> dict[str, torch.Tensor]:
     return out
 
 
-def _coverage(generated: Mapping[str, GeneratedPart]) -> dict[str, object]:
-    """Which sizes each part promises, what its passes declined, and which calls are left."""
+def _coverage(generated: Mapping[str, GeneratedPart], reports: Mapping[str, PartReport]) -> dict[str, object]:
+    """Which sizes each part promises, what its passes declined, and its report: all that `inspect` and `explain` show."""
     return {
         name: {
             "symbols": {s.name: [s.lo, s.hi, s.multiple] for s in g.program.symbols},
+            "report": reports[name].to_dict(),
             "refused": sorted({str(r) for report in g.reports for r in report.refused}),
         }
         for name, g in generated.items()

@@ -84,7 +84,8 @@ def compile_graph(module: fx.GraphModule, symbols: dict[str, str], level: str, j
 
 def _generated(normal: Normalised) -> tuple[Program, list[object], list[Report]]:
     """The program after all passes.  Calls whose kernel the generator cannot express become externs with its reason."""
-    target, refused = find_target("cpu"), {}
+    target = find_target("cpu")
+    refused: dict[str, str] = {}
     while True:
         lowered = lower(normal.graph, "graph", dict.fromkeys(normal.constants, "constant"), refused)
         program, reports = run_pipeline(lowered.program, pipeline(target), target)

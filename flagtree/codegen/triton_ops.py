@@ -46,6 +46,8 @@ def literal(value: Scalar, dtype: str) -> str:
         x = float(value)
         text = f'float("{x}")' if math.isinf(x) or math.isnan(x) else repr(x)
         plain = x == 0.0 or not math.isfinite(x) or _SMALLEST_F32 < abs(x) <= _LARGEST_F32
+        if x == 0.0 and math.copysign(1.0, x) > 0 and dtype != "f32":
+            return f"tl.full((), 0.0, {TYPES[dtype]})"
         if d.bits < 32:  # not every release makes a narrow constant
             return f"tl.full((), {text}, tl.float32).to({TYPES[dtype]})"
         return text if dtype == "f32" and plain else f"tl.full((), {text}, {TYPES[dtype]})"

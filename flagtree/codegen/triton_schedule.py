@@ -20,6 +20,7 @@ LOOP_TILE = 2048  # elements of a row that one step of a loop takes
 COLUMNS = 128  # lanes of a column reduction: 256 bytes of bf16, a whole number of memory sectors
 SHORT_ROW = 1024  # a row of run-time length up to this is one masked tile rather than a loop
 PER_THREAD = 8
+FEW_ROWS = 4  # a constant axis shorter than this would leave an instance too small
 
 
 def default_schedule(program: Program, target: Target) -> Schedule:
@@ -94,13 +95,15 @@ def _reduced_tiles(flat: FlatKernel, axes: list[Axis], lane: Axis, row_limit: in
 
 
 def _fill_rows(flat: FlatKernel, axes: list[Axis], lane: Axis, tiles: dict[str, int]) -> None:
-    """Give an instance several rows of the innermost other parallel axis, when one row is short."""
+    """Give an instance several rows, when one is short: of the innermost other parallel axis of constant extent (heads: no mask, no
+    idle lanes at batch 1, and what varies over tokens only is loaded once for all of them), else of the innermost."""
     used = 1
     for size in tiles.values():
         used *= size
     rows = [a for a in axes if a.kind != "reduce" and a is not lane]
     if rows and used < INSTANCE:
-        tiles[rows[-1].name] = min(_power(_longest(rows[-1].extent, flat.bounds)), max(1, INSTANCE // used))
+        chosen = max(enumerate(rows), key=lambda pair: ((pair[1].extent.constant or 0) >= FEW_ROWS, pair[0]))[1]
+        tiles[chosen.name] = min(_power(_longest(chosen.extent, flat.bounds)), max(1, INSTANCE // used))
 
 
 def _unmerged(kernel: Kernel, flat: FlatKernel, loops: set[str]) -> tuple[str, ...]:

@@ -211,7 +211,7 @@ class Lowering:
         if promote == "none":
             return None
         if promote == "operands":
-            fakes = [a.meta["val"] if isinstance(a, fx.Node) else a for a in call.node.args]
+            fakes: list[Any] = [a.meta["val"] if isinstance(a, fx.Node) else a for a in call.node.args]
             joined = fakes[0].dtype if len(fakes) == 1 else torch.result_type(*fakes[:2])
             return compute_type(FROM_TORCH[joined])
         # in place, the computation is in the promoted type, then rounded into the operand

@@ -40,7 +40,7 @@ def can_merge(program: Program, a: Kernel, b: Kernel, kept: frozenset[str]) -> L
     if twice := sorted(set(a.writes) & set(b.writes)):
         return _refused(a, b, f"'{twice[0]}' is written by both")
     for name in flowing:
-        if (why := _store_refusal(a, name)) is not None:
+        if (why := _store_refusal(program, a, name)) is not None:
             return _refused(a, b, why)
     base = _base_mapping(a, b, flowing)
     if base is None:
@@ -61,8 +61,8 @@ def _store_of(a: Kernel, buffer: str) -> Store:
     return next(s for s in a.stores if s.access.buffer == buffer)
 
 
-def _store_refusal(a: Kernel, buffer: str) -> str | None:
-    """A handed-over buffer is stored once, unmasked, each dimension at a distinct axis (or 0)."""
+def _store_refusal(program: Program, a: Kernel, buffer: str) -> str | None:
+    """A handed-over buffer is stored once, whole and unmasked, each dimension at a distinct axis (or 0 where it has one element)."""
     stores = [s for s in a.stores if s.access.buffer == buffer]
     if len(stores) != 1 or stores[0].mode != "set" or stores[0].access.mask:
         return f"'{buffer}' is stored in parts"
@@ -70,6 +70,10 @@ def _store_refusal(a: Kernel, buffer: str) -> str | None:
     axes = {x.name for x in a.axes}
     if any(n not in axes for n in names) or len(set(names)) != len(names):
         return f"'{buffer}' is not stored at plain axes"
+    extents = {x.name: x.extent for x in a.axes}
+    for index, size in zip(stores[0].access.index, program.buffer(buffer).shape, strict=True):
+        if size != (Index.of(1) if index == ZERO else extents[index.name or ""]):
+            return f"'{buffer}' is stored in parts"  # a slice: the rest holds what another step wrote
     free = free_axes(a.body, axes)[stores[0].value]
     if not free <= set(names) and free - set(names):
         return f"'{buffer}' is stored repeatedly"

@@ -23,6 +23,7 @@ from flagtree.passes.schedule import ScheduleKernels
 from flagtree.targets.base import Target
 
 PASSES: dict[str, type] = {p.name: p for p in (Canonicalize, Reinplace, FusePointwise, FuseReduction, ScheduleKernels)}
+_SPEC = r"([A-Za-z_]\w*)\s*(?:\{([^}]*)\})?\s*(?:,|$)"
 After = Callable[[Pass, Program, Report], None]
 
 
@@ -77,7 +78,10 @@ def run_pipeline(
 def parse_pipeline(text: str) -> tuple[Pass, ...]:
     """`canonicalize, fuse_pointwise{max_ops=4}` to passes; the inverse of joining `spec(p)` with commas."""
     passes, known = [], known_passes()
-    for name, options in re.findall(r"([A-Za-z_]\w*)\s*(?:\{([^}]*)\})?\s*(?:,|$)", text.strip()):
+    found = re.findall(_SPEC, text.strip())
+    if re.sub(_SPEC, "", text.strip()).strip():
+        raise FlagtreeError(f"cannot read the pipeline '{text}'", hint="passes are separated by commas: canonicalize, fuse_pointwise{max_ops=64}")
+    for name, options in found:
         if name not in known:
             raise UnknownName("pass", name, known)
         passes.append(known[name](**_options(known[name], options)))

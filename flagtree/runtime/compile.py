@@ -17,10 +17,11 @@ from torch import fx
 from flagtree.artifact.code import code_digest
 from flagtree.artifact.files import canonical_json, parse_json
 from flagtree.artifact.store import Store
-from flagtree.errors import FlagtreeError, StoreError, ToolchainError
+from flagtree.errors import CaptureError, FlagtreeError, StoreError, ToolchainError
 from flagtree.runtime import cpu
 from flagtree.runtime.capture_key import CaptureKey, Unkeyed, capture_key, example_value
 from flagtree.runtime.launch import Executable
+from flagtree.runtime.parts import split
 from flagtree.settings import settings
 
 log = logging.getLogger("flagtree")
@@ -51,6 +52,11 @@ def compiled(module: fx.GraphModule) -> Callable[..., Any]:
     """The graph as a callable over its placeholders: from the store, else built now, else (an internal failure) as it is."""
     if (why := _unsupported(module)) is not None:
         return _as_it_is(module, why)
+    split_up = split(module, compiled)
+    return _compiled_whole(module) if split_up is None else split_up
+
+
+def _compiled_whole(module: fx.GraphModule) -> Callable[..., Any]:
     level = cpu.levels()[0] if cpu.levels() else ""
     try:
         key: CaptureKey | None = capture_key(module, {"torch": torch.__version__, "flagtree": code_digest(), "level": level})
@@ -63,6 +69,8 @@ def compiled(module: fx.GraphModule) -> Callable[..., Any]:
         return _built(module, key, level)
     except ToolchainError:
         raise
+    except CaptureError as refusal:  # not a failure: no program carries what this graph does
+        return _as_it_is(module, refusal.what)
     except Exception as error:
         if settings.on_error == "raise":
             raise
@@ -85,7 +93,7 @@ def _as_it_is(module: fx.GraphModule, reason: str) -> Callable[..., Any]:
 
 def _report(module: fx.GraphModule, error: Exception) -> str:
     """Leave a reproducer and say in one line what went wrong."""
-    from flagtree.cli.reproducer import write
+    from flagtree.reproducer import write
 
     error.reproducer = {"graph.txt": str(module.graph)}  # type: ignore[attr-defined]
     folder = write(error, ["torch.compile", 'backend="flagtree"'])
@@ -96,8 +104,8 @@ def _report(module: fx.GraphModule, error: Exception) -> str:
 # -- from the store ----------------------------------------------------------------------------------------------------
 def _from_store(module: fx.GraphModule, key: CaptureKey) -> Callable[..., Any] | None:
     entry = Store().get(KIND, key.digest)
-    if not entry:
-        log.info("capture key %s: %s", key.digest[:16], entry.reason)  # type: ignore[union-attr]
+    if isinstance(entry, Miss):
+        log.info("capture key %s: %s", key.digest[:16], entry.reason)
         return None
     meta = parse_json(entry.files["graph.json"], "a stored graph")
     if not _hold(meta["conditions"], key):

@@ -20,6 +20,7 @@ from flagtree.runtime.expand import Declared
 from flagtree.runtime.index import Expression, evaluate, same_strides
 from flagtree.runtime.prepare import Allocate, Call, Launch, Layout, Prepared, Release, check_symbol, read_symbol
 
+CPU = torch.device("cpu")  # always named: a caller may have set another default device
 Positions = tuple[tuple[int, int], ...]  # (word of the pointer block, bytes after element 0)
 
 
@@ -52,7 +53,7 @@ class Frame:
         shapes = {n: prepared.layouts[n].at(self.values) for n in prepared.homes.arena}
         sizes = {n: _extent(*shapes[n]) * prepared.layouts[n].dtype.itemsize for n in shapes}
         offsets, self.arena_bytes = memory.place(sizes, prepared.homes.lifetimes)
-        raw = torch.empty(self.arena_bytes + memory.ALIGNMENT, dtype=torch.uint8)
+        raw = torch.empty(self.arena_bytes + memory.ALIGNMENT, dtype=torch.uint8, device=CPU)
         self.arena = raw[-raw.data_ptr() % memory.ALIGNMENT :][: self.arena_bytes]
         self.arena_start = self.arena.data_ptr()
         needed = {n for s in prepared.steps if isinstance(s, Call) for n in (*s.step.operands, *s.step.mutates)}
@@ -93,7 +94,7 @@ class Frame:
         for i, buffer in enumerate(inputs):
             positions, cell = self._positions(buffer.name), None
             if buffer.role == "scalar" and positions:
-                cell = torch.empty((), dtype=self.prepared.layouts[buffer.name].dtype)
+                cell = torch.empty((), dtype=self.prepared.layouts[buffer.name].dtype, device=CPU)
                 self._point(buffer.name, cell.data_ptr())
                 positions = ()
             out.append((i, self.prepared.slot[buffer.name], positions, cell))
@@ -151,14 +152,14 @@ class Frame:
 
         def run() -> None:
             sizes, strides = fixed or layout.at(self.values)
-            put(torch.empty_strided(sizes, strides, dtype=layout.dtype))
+            put(torch.empty_strided(sizes, strides, dtype=layout.dtype, device=CPU))
 
         return run
 
     def _number(self, name: str) -> Callable[[Any], None]:
         """A number that an extern returns: into the slot, and into a cell for the kernels that read it."""
         slots, slot = self.slots, self.prepared.slot[name]
-        cell = torch.empty((), dtype=self.prepared.layouts[name].dtype)
+        cell = torch.empty((), dtype=self.prepared.layouts[name].dtype, device=CPU)
         self._point(name, cell.data_ptr())
 
         def put(value: Any) -> None:
@@ -300,7 +301,7 @@ class Frame:
             if same_strides(sizes, value.stride(), strides):
                 return value
             self.prepared.restrided[step.step.name] = self.prepared.restrided.get(step.step.name, 0) + 1
-        return torch.empty_strided(sizes, strides, dtype=layout.dtype).copy_(value)
+        return torch.empty_strided(sizes, strides, dtype=layout.dtype, device=CPU).copy_(value)
 
     def _resolver(self, step: Call) -> Callable[[], None] | None:
         if not step.resolves:

@@ -75,6 +75,9 @@ class Session:
 
     def __call__(self, args: Sequence[Any]) -> tuple:
         """As `Executable.call`, over the buffers that are not bound."""
+        if torch.is_autocast_enabled("cpu"):  # the launch list says every type; autocast would change them in externs
+            with torch.autocast("cpu", enabled=False):
+                return self(args)
         if len(args) != len(self.inputs):
             raise BindError(f"{self.prepared.program.name} takes {len(self.inputs)} inputs, {len(args)} were given")
         values = self._values.copy()
@@ -83,10 +86,14 @@ class Session:
             if not symbol.lo <= value <= symbol.hi or value % symbol.multiple:
                 check_symbol(symbol, value)
         key = tuple([values[i] for i in self.prepared.key_symbols])
-        frame = self._frames.pop(key, None) or Frame(self.prepared, self.inputs, self.bound, values)
+        frame = self._frames.pop(key, None) or self._frame(values)
         outputs = frame.run(args, values)
         self._keep(key, frame)
         return outputs
+
+    def _frame(self, values: list[int]) -> Frame:
+        with torch.inference_mode(False):  # a frame outlives the caller's mode
+            return Frame(self.prepared, self.inputs, self.bound, values)
 
     def _keep(self, key: tuple[int, ...], frame: Frame) -> None:
         """Keep the frame for the next call with these sizes, the most recent ones within bounds."""

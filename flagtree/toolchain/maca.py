@@ -43,8 +43,8 @@ def build_for_emulation(
 ) -> list[BuiltKernel]:
     """Kernels of another target of Triton (cuda, rocm) as that target's own source, lowered for the emulator instead of the target.
 
-    The TTIR is to the byte the one that the target's build has, warps and layouts come after it; what the target's own compiler makes of it is not
-    executed.  At most 8 warps.  Raises what `build` raises.
+    The TTIR is to the byte the one that the target's build has (warps and layouts come after it); what the target's own compiler makes
+    of it is not executed.  At most 8 warps.  Raises what `build` raises.
     """
     sources = [(digest, generate(program, digest, target)) for digest, program in kernels]
     if not sources:

@@ -182,7 +182,8 @@ def _add(namespace: Any, name: str, manager: Any, *signatures: tuple) -> None:
 def make_ttir(module: Any, metadata: dict[str, Any], options: MacaOptions) -> Any:
     """Target-independent cleaning of Triton IR: the upstream list, or exactly what Triton does for `options.ttir_of`."""
     if options.ttir_of is not None:
-        backend, stages = make_backend(GPUTarget(*options.ttir_of)), {}
+        backend = make_backend(GPUTarget(*options.ttir_of))
+        stages: dict[str, Callable] = {}
         backend.add_stages(stages, backend.parse_options({"enable_fp_fusion": options.enable_fp_fusion}), Language.TRITON)
         return stages["ttir"](module, metadata)
     manager = _manager(module)

@@ -125,6 +125,19 @@ def test_several_threads_at_once(build: Build) -> None:
         sys.setswitchinterval(interval)
 
 
+def test_the_caller_s_modes_change_nothing(build: Build) -> None:
+    w = torch.randn(16, 16)
+    for mode in (torch.autocast("cpu", torch.bfloat16), torch.device("meta"), torch.inference_mode()):
+        run = executable(build(CHAIN, CHAIN_BODIES))  # a new one: also what is allocated once
+        x = torch.randn(3, 16)
+        expected = chain(x, w)
+        with mode:
+            out = run.call([x, w])[:2]
+        torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(run.call([x, w])[:2], expected)
+        assert not run._session._frames[(3,)].arena.is_inference()
+
+
 def test_nothing_of_the_caller_is_kept(build: Build) -> None:
     import weakref
 

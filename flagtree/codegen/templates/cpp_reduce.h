@@ -112,10 +112,9 @@ template <class V> INLINE welford_state<V> first_lane(welford_state<V> a) { retu
 // the running maximum and the sum of exp(x - maximum); both -inf: the sums simply add
 template <class V> struct online_softmax_state { V peak, total; };
 template <class V> INLINE online_softmax_state<V> combine(online_softmax_state<V> a, online_softmax_state<V> b) {
-  V peak = maximum(a.peak, b.peak);
-  V scale_a = a.peak == peak ? V{} + 1 : exp_of(a.peak - peak);
-  V scale_b = b.peak == peak ? V{} + 1 : exp_of(b.peak - peak);
-  return {peak, a.total * scale_a + b.total * scale_b};
+  V peak = maximum(a.peak, b.peak), low = minimum(a.peak, b.peak);
+  V scale = low == peak ? V{} + 1 : exp_of(low - peak);
+  return {peak, a.peak < b.peak ? a.total * scale + b.total : a.total + b.total * scale};
 }
 template <class V> INLINE online_softmax_state<V> keep(int n, online_softmax_state<V> a, online_softmax_state<V> b) {
   return {keep(n, a.peak, b.peak), keep(n, a.total, b.total)};

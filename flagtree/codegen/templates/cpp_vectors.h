@@ -224,6 +224,32 @@ template <class T> INLINE void store_where(T *p, typename vector_of<T>::type v, 
 //@ keep
 // the new value in the first n lanes
 template <class V> INLINE V keep(int n, V now, V before) { return n >= W ? now : select(lanes < n, now, before); }
+//@ load_pair half_of
+// 2 * W bf16 as W words: the low half of a word is an even element, the high half the odd one after it
+INLINE u32v load_pair(const u16 *p, int n) {
+  typedef u32v __attribute__((aligned(2), may_alias)) U;
+  if (__builtin_expect(n >= 2 * W, 1)) return *(const U *)p;
+  u16 part[2 * W] = {};
+  for (int l = 0; l < n; ++l) part[l] = p[l];
+  u32v v;
+  __builtin_memcpy(&v, part, sizeof v);
+  return v;
+}
+INLINE f32v half_of(u32v words, int half) { return (f32v)(half ? words & 0xffff0000 : words << 16); }
+//@ store_pair
+INLINE void store_pair(u16 *p, const f32v *halves, int n) {
+  typedef u32v __attribute__((aligned(2), may_alias)) U;
+  u32v v = (u32v)halves[0] >> 16 | ((u32v)halves[1] & 0xffff0000);
+  if (__builtin_expect(n >= 2 * W, 1)) { *(U *)p = v; return; }
+  u16 part[2 * W];
+  __builtin_memcpy(part, &v, sizeof v);
+  for (int l = 0; l < n; ++l) p[l] = part[l];
+}
+//@ keep_half
+// `keep` where the lanes hold every other element
+template <class V> INLINE V keep_half(int n, int half, V now, V before) {
+  return keep((n + 1 - half) / 2, now, before);
+}
 //@ any_lane
 INLINE bool any_lane(i32v m, int n) {
   for (int l = 0; l < n; ++l) if (m[l]) return true;
