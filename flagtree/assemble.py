@@ -129,10 +129,16 @@ def _coverage(generated: Mapping[str, GeneratedPart], reports: Mapping[str, Part
         name: {
             "symbols": {s.name: [s.lo, s.hi, s.multiple] for s in g.program.symbols},
             "report": reports[name].to_dict(),
-            "refused": sorted({str(r) for report in g.reports for r in report.refused}),
+            "refused": _refusals(g),
         }
         for name, g in generated.items()
     }
+
+
+def _refusals(g: GeneratedPart) -> list[str]:
+    """What the passes declined for good: pairs that still stand apart; those that a later merge made moot are left out."""
+    standing = {kernel.name for kernel, _ in isolate_all(g.program)}
+    return sorted({str(r) for report in g.reports for r in report.refused if standing.issuperset(r.steps)})
 
 
 def _tiers(built: Mapping[str, BuiltKernel]) -> dict[str, int]:

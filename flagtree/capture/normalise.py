@@ -7,8 +7,11 @@ Views and in-place operators stay as they are: the IR has memory, aliases and or
 
 from __future__ import annotations
 
+import operator
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -68,7 +71,7 @@ class _Recorder(TorchDispatchMode):
             self.bind(value, node)
         return node
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not isinstance(func, torch._ops.OpOverload) or func.namespace == "prim":
             return func(*args, **kwargs)
@@ -84,16 +87,15 @@ class _Recorder(TorchDispatchMode):
                     return result
         if func is aten._local_scalar_dense.default:
             return func(*args, **kwargs)  # a Python number: used below as what it is
-        args, kwargs = fx.node.map_aggregate((args, kwargs), self._to_fake)
-        args, kwargs = fx.node.map_aggregate((args, kwargs), _plain_number)
+        args, kwargs = _mapped((args, kwargs), lambda v: _plain_number(self._to_fake(v)))
         result = func(*args, **kwargs)
         self._record(func, args, kwargs, result)
         return result
 
-    def _record(self, func, args, kwargs, result) -> None:
+    def _record(self, func: torch._ops.OpOverload, args: Any, kwargs: Any, result: Any) -> None:
         if func.overloadpacket.__name__.startswith(_DROPPED) or not _has_tensor((args, kwargs, result)):
             return
-        nodes = fx.node.map_aggregate((args, kwargs), self._argument)
+        nodes = _mapped((args, kwargs), self._argument)
         node = self.graph.call_function(func)
         node.args, node.kwargs = nodes  # set here: create_node warns of SymInts, which only code generated from an fx graph cannot carry
         node.meta["val"], node.meta["origin"] = result, self.origin
@@ -101,8 +103,6 @@ class _Recorder(TorchDispatchMode):
             self.node_of.setdefault(id(result), node)
             self.alive.append(result)
         elif isinstance(result, (tuple, list)):
-            import operator
-
             for i, value in enumerate(result):
                 if isinstance(value, torch.Tensor) and id(value) not in self.node_of:
                     item = self.graph.call_function(operator.getitem, (node, i))
@@ -132,6 +132,10 @@ class _Recorder(TorchDispatchMode):
                 raise CaptureError("a tensor appears in the trace that no recorded call made", why=f"{tuple(value.shape)} {value.dtype}")
             return node
         return value
+
+
+def _mapped(values: Any, one: Callable[[Any], Any]) -> Any:
+    return fx.node.map_aggregate(values, one)
 
 
 def _plain_number(value: object) -> object:
@@ -176,8 +180,6 @@ def _module_path(node: fx.Node) -> str:
 
 def _source_line(node: fx.Node) -> str:
     """`file.py:12` of the innermost frame; only the file's name, so that text does not depend on where it lies."""
-    import re
-
     trace = node.meta.get("stack_trace") or node.stack_trace
     found = re.findall(r'File "([^"]+)", line (\d+)', trace or "")
     return f"{found[-1][0].rsplit('/', 1)[-1]}:{found[-1][1]}" if found else ""
@@ -203,6 +205,6 @@ def normalise(
     with torch.no_grad(), torch._C._AutoDispatchBelowAutograd(), fake_mode, recorder:
         results = _Tracer(module, recorder).run(*values)
     outputs = results if isinstance(results, (tuple, list)) else (results,)
-    flat = fx.node.map_aggregate(tuple(outputs), lambda v: recorder._argument(recorder._to_fake(v)) if isinstance(v, torch.Tensor) else v)
+    flat = _mapped(tuple(outputs), lambda v: recorder._argument(recorder._to_fake(v)) if isinstance(v, torch.Tensor) else v)
     recorder.graph.output(flat)
     return Normalised(recorder.graph, recorder.constants)

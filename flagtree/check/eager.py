@@ -10,7 +10,6 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 
@@ -18,6 +17,8 @@ from flagtree.errors import FlagtreeError
 from flagtree.ir.canonical import Isolated
 from flagtree.ir.index import Index
 from flagtree.ir.program import Kernel, Program
+from flagtree.lower.pointwise import NotLowered
+from flagtree.lower.sizes import Sizes
 from flagtree.runtime import operators as operators  # registers torch.ops.flagtree.*
 
 Tensor = torch.Tensor
@@ -62,7 +63,7 @@ class _Replay:
     def __init__(self, graph: fx.Graph, program: Program, kernel: Kernel, tensors: Mapping[str, Tensor],
                  symbols: Mapping[str, int], renamed: Mapping[str, str]) -> None:  # fmt: skip
         self.program, self.kernel, self.tensors = program, kernel, tensors
-        self.symbols, self.renamed = symbols, renamed
+        self.symbols, self.sizes = symbols, Sizes(renamed)  # sizes that guards equate are spelled as lowering spelled them
         self.nodes = list(graph.nodes)
         self.position = {n: k for k, n in enumerate(self.nodes)}
         self.base: dict[int, fx.Node] = {}  # storage -> the node whose buffer it is
@@ -202,12 +203,10 @@ class _Replay:
         """A size of the trace at the given symbols."""
         if not isinstance(value, torch.SymInt):
             return int(value)
-        expr = value.node.shape_env.replace(value.node.expr)
-        known = {s: self.symbols[self.renamed[s.name]] for s in expr.free_symbols if self.renamed.get(s.name) in self.symbols}
-        missing = sorted(s.name for s in expr.free_symbols - known.keys())
-        if missing:
-            raise self.nothing(f"the size '{missing[0]}' is none of the kernel's")
-        return int(expr.xreplace({s: sympy.Integer(v) for s, v in known.items()}))
+        try:
+            return self._index(self.sizes.stride(value))
+        except NotLowered as error:
+            raise self.nothing(str(error)) from error
 
     # -- execution ---------------------------------------------------------------------------------------------------
     def _execute(self, node: fx.Node) -> None:

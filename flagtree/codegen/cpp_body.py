@@ -31,7 +31,10 @@ class BodyWriter:
     layout: Layout
     scope: frozenset[str]
     vector: bool
+    pair: bool = False  # `lines` run for `half` 0 and 1 of words that `head` loads and `tail` stores (cpp_pair)
     lines: list[str] = field(default_factory=list)
+    head: list[str] = field(default_factory=list)
+    tail: list[str] = field(default_factory=list)
 
     def write(self, op: BodyOp) -> None:
         """Append the statements of one op; a Reduce is not one (cpp_sweeps does those)."""
@@ -159,6 +162,9 @@ class BodyWriter:
         if not self._is_contiguous(offset):
             return self._gather(op, dtype, other)
         address = f"{access.buffer} + {self._index(offset)}"
+        if self.pair:
+            self.head.append(f"const u32v {op.name}_words = load_pair({address}, n);")
+            return f"half_of({op.name}_words, half)"
         if spread_mask:
             text = f"widen_{dtype}(load_where({address}, {access.mask}, n))"
             return text if not op.other else f"select({access.mask}, {text}, {other})"
@@ -194,7 +200,12 @@ class BodyWriter:
         spread_mask = mask is not None and self._varies((mask,))
         if mask is not None and not spread_mask:
             guard = f"{guard}if ({mask}[0]) "
-        if self.vector and self._varies(tuple(offset.names())) and self._is_contiguous(offset):
+        if self.pair and self._varies(tuple(offset.names())):
+            halves = f"{op.value}_to_{op.access.buffer}"
+            self.head.append(f"f32v {halves}[2];")
+            self.lines.append(f"{halves}[half] = {value};")
+            self.tail.append(f"store_pair({op.access.buffer} + {self._index(offset)}, {halves}, n);")
+        elif self.vector and self._varies(tuple(offset.names())) and self._is_contiguous(offset):
             call = f"store_where({op.access.buffer} + {self._index(offset)}, {narrow}, {mask}, n)" if spread_mask else \
                 f"store({op.access.buffer} + {self._index(offset)}, {narrow}, n)"  # fmt: skip
             self.lines.append(f"{guard}{call};")

@@ -35,7 +35,7 @@ def row_size(layout: Layout) -> int | None:
     if not layout.lane_reduced or layout.loops or layout.lane is None:
         return None
     highest = layout.kernel.bounds.maximum(layout.lane.extent)
-    return None if highest is None else -(-max(highest, 1) // 16) * 16
+    return None if highest is None else -(-max(highest, 1) // 64) * 64
 
 
 def sweeps(layout: Layout, body: Sequence[BodyOp]) -> list[Sweep]:

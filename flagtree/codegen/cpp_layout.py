@@ -36,35 +36,6 @@ class Layout:
         return self.lane is not None and self.lane.kind == "reduce"
 
     @property
-    def paired(self) -> bool:
-        """A vector of W lanes holds every other element of 2 * W: all that is walked along lanes is bf16 and consecutive, so that one
-        shift or mask widens half of a word.  Decided by the kernel alone, never by the level."""
-        lane = self.lane
-        if lane is None or self.widest != 4 or (self.kernel.reduced and not self.lane_reduced):
-            return False
-        dtypes = {b.name: b.dtype for b in self.kernel.buffers}
-        walked = 0
-        for op in self.kernel.body:
-            if isinstance(op, Scan) or (isinstance(op, IndexValue) and self.varies_in_lanes(op.name)):
-                return False
-            if not isinstance(op, (Load, Store)):
-                continue
-            offset, mask = op.access.index[0], op.access.mask
-            if mask is not None and self.varies_in_lanes(mask):
-                return False
-            along = lane.name in offset.names() or any(self.varies_in_lanes(n) for n in operands(op))
-            if along and not self._is_pair(op, dtypes[op.access.buffer]):
-                return False
-            walked += along
-        return walked > 0
-
-    def _is_pair(self, op: Load | Store, dtype: str) -> bool:
-        assert self.lane is not None
-        offset = op.access.index[0]
-        plain = offset.coefficient(self.lane.name) == ONE and not any(self.varies_in_lanes(n) for n in offset.names() - {self.lane.name})
-        return plain and dtype == "bf16" and (isinstance(op, Store) and op.mode == "set" or isinstance(op, Load) and op.dtype == "bf16")
-
-    @property
     def reduced_names(self) -> frozenset[str]:
         return frozenset(a.name for a in self.kernel.reduced)
 

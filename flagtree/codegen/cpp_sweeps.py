@@ -14,6 +14,7 @@ from flagtree.codegen.cpp_body import BodyWriter, carry_type
 from flagtree.codegen.cpp_index import index_text, is_multiple
 from flagtree.codegen.cpp_keep import Sweep, row_size, sweeps
 from flagtree.codegen.cpp_layout import Layout
+from flagtree.codegen.cpp_pair import is_paired
 from flagtree.codegen.flat import operands, results
 from flagtree.codegen.segments import Segment, segments
 from flagtree.errors import CodegenError
@@ -21,6 +22,7 @@ from flagtree.ir.index import Index
 from flagtree.ir.program import BodyOp, Reduce, Scan, Store
 
 PARTIALS = 32
+COLUMNS = 4  # vectors of columns reduced side by side: whole cache lines, and sums that do not wait for one another
 
 # combiner -> (fields of its state, start of each: a number, or "low"/"high" for the type's ends)
 STATES: dict[str, tuple[tuple[str, ...], tuple[object, ...]]] = {
@@ -49,8 +51,10 @@ class RowWriter:
         hoisted = [op for op in body if self.layout.is_uniform(op) and self._level(op) == 0]
         lines = self._statements(hoisted, self._outer_scope(), vector=False)
         done = {n for op in hoisted for n in results(op)}
-        for piece in segments(self.layout.kernel, lane.name):
-            lines += self._block(piece, done)
+        pieces = segments(self.layout.kernel, lane.name)
+        paired = is_paired(self.layout, pieces)
+        for piece in pieces:
+            lines += self._block(piece, done, paired)
         return lines
 
     # -- which ops ---------------------------------------------------------------------------------------------------
@@ -66,6 +70,7 @@ class RowWriter:
         body, lane = self.layout.kernel.body, self.layout.lane
         pieces = segments(self.layout.kernel, lane.name) if lane is not None else ()
         planned = [(piece, sweeps(self.layout, piece.body)) for piece in pieces]
+        paired = is_paired(self.layout, pieces)
         pending = [op for op in body if not self.layout.is_swept(op)]
         lines = [f"alignas(64) {ops.register(self.layout.kernel.dtypes[n])} {n}_row[{row_size(self.layout)}];"
                  for n in sorted({n for _, all_sweeps in planned for s in all_sweeps for n in s.kept})]  # fmt: skip
@@ -73,17 +78,17 @@ class RowWriter:
             ready = [op for op in pending if self._level(op) <= sweep]
             pending = [op for op in pending if op not in ready]
             lines += self._statements(ready, self._outer_scope(), vector=False)
-            lines += self._lane_sweep(sweep, [(piece, all_sweeps[sweep]) for piece, all_sweeps in planned])
+            lines += self._lane_sweep(sweep, [(piece, all_sweeps[sweep]) for piece, all_sweeps in planned], paired)
         return lines + self._statements(pending, self._outer_scope(), vector=False)
 
-    def _lane_sweep(self, sweep: int, pieces: list[tuple[Segment, Sweep]]) -> list[str]:
+    def _lane_sweep(self, sweep: int, pieces: list[tuple[Segment, Sweep]], paired: bool) -> list[str]:
         reduces = [op for op in self.layout.kernel.body if isinstance(op, Reduce) and self.layout.sweep_of(op) == sweep]
         lines = self._state(sweep, reduces) if reduces else []
         if reduces:
             lines += [f"{self._state_name(sweep)} part{sweep}[PARTS];", *_each_part(f"part{sweep}[k] = {self._start(reduces)};")]
         inner: list[str] = []
         for piece, work in pieces:
-            inner += self._lane_loop(sweep, piece, work, bool(reduces))
+            inner += self._lane_loop(sweep, piece, work, bool(reduces), paired)
         scans = [op for op in self.layout.kernel.body if isinstance(op, Scan)]
         inner = [*(self._carry(op) for op in scans), *inner]
         lines += self._loops(inner) if self.layout.loops else block("", inner) if scans else inner
@@ -91,65 +96,112 @@ class RowWriter:
             lines += self._finish(op, sweep)
         return lines
 
-    def _lane_loop(self, sweep: int, piece: Segment, work: Sweep, reducing: bool) -> list[str]:
+    def _lane_loop(self, sweep: int, piece: Segment, work: Sweep, reducing: bool, paired: bool) -> list[str]:
         """Full vectors, then the tail: the same statements, called with fewer lanes."""
         lane = self._lane_name
         if not work.body:
             return []
         scope = self._outer_scope() | {a.name for a in self.layout.loops} | {lane}
-        state = f", {self._state_name(sweep)} &part" if reducing else ""
-        step = block(f"const auto step = [&](const i64 {lane}, const int n{state}) __attribute__((always_inline))",
-                     [*self._read(work), *self._statements(work.body, scope, True, work.kept)], ";")  # fmt: skip
-        lo, hi = self._text(piece.lo), self._text(piece.hi)
-        extent = piece.hi - piece.lo
-        lines = [*step, f"i64 at = {lo};", f"const i64 end = {hi};"]
-        per, call = ("PARTIALS", f"step(at + k * W, W{f', part{sweep}[k]' if reducing else ''});")
-        if not reducing:
-            per, call = "W", "step(at, W);"
+        writer = self._writer(work.body, scope, True, work.kept, paired)
+        writer.lines[:0] = self._read(work, paired)
+        lo, hi, extent = self._text(piece.lo), self._text(piece.hi), piece.hi - piece.lo
+        lines = [*self._step(lane, writer, self._state_name(sweep) if reducing else ""), f"i64 at = {lo};", f"const i64 end = {hi};"]
+        width = "2 * W" if paired else "W"
         if extent.constant is None or extent.constant >= (PARTIALS if reducing else 2):
-            loop = _each_part(call) if reducing else [call]
-            lines += block(f"for (; at + {per} <= end; at += {per})", loop)
+            if reducing:
+                call = f"step(at + k * {width}, {width}, {_parts(f'part{sweep}', paired)});"
+                lines += block("for (; at + PARTIALS <= end; at += PARTIALS)", _each_part(call, paired))
+            else:
+                lines.append(f"for (; at + {width} <= end; at += {width}) step(at, {width});")
         if not is_multiple(extent, PARTIALS, self.multiples):
-            lines += self._tail(sweep, reducing)
+            lines += self._tail(sweep, reducing, paired)
         return block("", lines)
 
-    def _read(self, work: Sweep) -> list[str]:
+    def _step(self, lane: str, writer: BodyWriter, state: str) -> list[str]:
+        """The lambda that a loop over lanes calls for `n` elements from `lane` on."""
+        head = f"const auto step = [&](const i64 {lane}, const int n"
+        if not writer.pair:
+            return block(f"{head}{f', {state} &part' if state else ''}) __attribute__((always_inline))", writer.lines, ";")
+        count = ["const int count = (n + 1 - half) / 2;"] if state else []
+        part = f", {state} &part" if state else ""
+        half = block(f"const auto half_step = [&](const int half{part}) __attribute__((always_inline))", [*count, *writer.lines], ";")
+        calls = ["half_step(0, even);", "half_step(1, odd);"] if state else ["half_step(0);", "half_step(1);"]
+        parts = f", {state} &even, {state} &odd" if state else ""
+        return block(f"{head}{parts}) __attribute__((always_inline))", [*writer.head, *half, *calls, *writer.tail], ";")
+
+    def _read(self, work: Sweep, paired: bool) -> list[str]:
         lines = []
         for n in work.read:
             kind = ops.register(self.layout.kernel.dtypes[n])
-            lines += [f"{kind}v {n};", f"__builtin_memcpy(&{n}, {n}_row + {self._lane_name}, sizeof {n});"]
+            lines += [f"{kind}v {n};", f"__builtin_memcpy(&{n}, {self._place(n, paired)}, sizeof {n});"]
         return lines
 
-    def _tail(self, sweep: int, reducing: bool) -> list[str]:
+    def _place(self, value: str, paired: bool) -> str:
+        """Where a vector of a kept value stands in its row."""
+        return f"{value}_row + {self._lane_name}{' + half * W' if paired else ''}"
+
+    def _tail(self, sweep: int, reducing: bool, paired: bool) -> list[str]:
+        width = "2 * W" if paired else "W"
         if not reducing:
             return ["if (at < end) step(at, (int)(end - at));"]
         # a copy, so that only the copy needs an address: the partial states of the loop above stay in registers
         copy = [f"{self._state_name(sweep)} rest[PARTS];", *_each_part(f"rest[k] = part{sweep}[k];")]
-        call = "for (int k = 0; at < end; ++k, at += W) step(at, (int)(end - at < W ? end - at : W), rest[k]);"
+        count = f"(int)(end - at < {width} ? end - at : {width})"
+        call = f"for (int k = 0; at < end; ++k, at += {width}) step(at, {count}, {_parts('rest', paired)});"
         return block("if (at < end)", [*copy, call, *_each_part(f"part{sweep}[k] = rest[k];")])
 
     # -- the lane axis is parallel -----------------------------------------------------------------------------------
-    def _block(self, piece: Segment, done: set[str]) -> list[str]:
+    def _block(self, piece: Segment, done: set[str], paired: bool) -> list[str]:
         """A loop over vectors of lanes; reduce axes, if any, are plain loops inside."""
         lane = self._lane_name
         pending = [op for op in piece.body if not self.layout.is_swept(op) and not self._is_hoisted(op, done)]
         scope = self._outer_scope() | {lane}
-        inner: list[str] = []
+        if self._is_columns(pending):
+            return block("", [*self._bounds(piece), *self._columns(piece, pending, scope)])
+        writer = BodyWriter(self.layout, scope, True, paired)
         for sweep in range(self.layout.sweeps):
             ready = [op for op in pending if self._level(op) <= sweep]
             pending = [op for op in pending if op not in ready]
-            inner += self._statements(ready, scope, vector=True) + self._inner_sweep(sweep, piece)
-        inner += self._statements(pending, scope, vector=True)
-        if not inner:
+            writer.lines += [*self._statements(ready, scope, vector=True), *self._inner_sweep(sweep, piece)]
+        for op in pending:
+            writer.write(op)
+        if not writer.lines:
             return []
-        step = block(f"const auto step = [&](const i64 {lane}, const int n) __attribute__((always_inline))", inner, ";")
-        lines = [*step, f"i64 at = {self._text(piece.lo)}, end = {self._text(piece.hi)};"]
-        if self.chunk:
-            lines += ["if (at < chunk_begin) at = chunk_begin;", "if (end > chunk_end) end = chunk_end;"]
-        lines.append("for (; at + W <= end; at += W) step(at, W);")
+        lines = [*self._step(lane, writer, ""), *self._bounds(piece)]
+        width = "2 * W" if paired else "W"
+        lines.append(f"for (; at + {width} <= end; at += {width}) step(at, {width});")
         if not (is_multiple(piece.hi, PARTIALS, self.multiples) and is_multiple(piece.lo, PARTIALS, self.multiples)):
             lines.append("if (at < end) step(at, (int)(end - at));")
         return block("", lines)
+
+    def _bounds(self, piece: Segment) -> list[str]:
+        lines = [f"i64 at = {self._text(piece.lo)}, end = {self._text(piece.hi)};"]
+        return lines + (["if (at < chunk_begin) at = chunk_begin;", "if (end > chunk_end) end = chunk_end;"] if self.chunk else [])
+
+    def _is_columns(self, pending: list[BodyOp]) -> bool:
+        """One sweep with nothing before it: several vectors of columns can be reduced side by side."""
+        scans = any(isinstance(op, Scan) for op in self.layout.kernel.body)
+        return bool(self.layout.kernel.reduced) and self.layout.sweeps == 1 and not scans and all(self._level(op) > 0 for op in pending)
+
+    def _columns(self, piece: Segment, pending: list[BodyOp], scope: frozenset[str]) -> list[str]:
+        """COLUMNS vectors in one walk over the reduce axes, then the rest one by one; a column's value does not depend on which."""
+        body = sweeps(self.layout, piece.body)[0].body
+        reduces = [op for op in body if isinstance(op, Reduce)]
+        state, axes = self._state_name(0), self.layout.loops
+        inside = self._statements(body, scope | {a.name for a in axes}, vector=True)
+        after = [*(line for op in reduces for line in self._results(op, f"part.{_member(op)}")), *self._statements(pending, scope, vector=True)]
+        counters = "".join(f"const i64 {a.name}, " for a in axes)
+        head = f"const i64 {self._lane_name}, const int n, {state} &part) __attribute__((always_inline))"
+        point = "".join(f"{a.name}, " for a in axes)
+        many = [f"{state} parts[COLUMNS];", *_each("COLUMNS", f"parts[k] = {self._start(reduces)};"),
+                *self._loops(_each("COLUMNS", f"add({point}at + k * W, W, parts[k]);")), *_each("COLUMNS", "finish(at + k * W, W, parts[k]);")]
+        one = ["const int n = end - at < W ? (int)(end - at) : W;", f"{state} part = {self._start(reduces)};",
+               *self._loops([f"add({point}at, n, part);"]), "finish(at, n, part);"]  # fmt: skip
+        return [
+            *self._state(0, reduces), f"enum : int {{ COLUMNS = {COLUMNS} }};",
+            *block(f"const auto add = [&]({counters}{head}", inside, ";"), *block(f"const auto finish = [&]({head}", after, ";"),
+            *block("for (; at + COLUMNS * W <= end; at += COLUMNS * W)", many), *block("for (; at < end; at += W)", one),
+        ]  # fmt: skip
 
     def _is_hoisted(self, op: BodyOp, done: set[str]) -> bool:
         if isinstance(op, Store):
@@ -182,12 +234,12 @@ class RowWriter:
     def _start(self, reduces: list[Reduce]) -> str:
         return "{" + ", ".join(_start(op) for op in reduces) + "}"
 
-    def _accumulate(self, op: Reduce, lanes_reduced: bool) -> str:
+    def _accumulate(self, op: Reduce, lanes_reduced: bool, count: str) -> str:
         source = self.layout.kernel.dtypes
         values = [_converted(a, source[a], d) for a, d in zip(op.args, _accumulators(op), strict=True)]
         member, step = f"part.{_member(op)}", f"{_type(op)}{{{', '.join(values)}}}"
         joined = f"combine({member}, {step})"
-        return f"{member} = {f'keep(n, {joined}, {member})' if lanes_reduced else joined};"
+        return f"{member} = {f'keep({count}, {joined}, {member})' if lanes_reduced else joined};"
 
     def _finish(self, op: Reduce, sweep: int) -> list[str]:
         name = _member(op)
@@ -212,15 +264,19 @@ class RowWriter:
     def _text(self, index: Index) -> str:
         return index_text(index, {}, self.layout.kernel.bounds)
 
-    def _statements(self, body: Iterable[BodyOp], scope: frozenset[str], vector: bool, kept: frozenset[str] = frozenset()) -> list[str]:
-        writer = BodyWriter(self.layout, scope, vector)
+    def _statements(self, body: Iterable[BodyOp], scope: frozenset[str], vector: bool) -> list[str]:
+        return self._writer(body, scope, vector).lines
+
+    def _writer(self, body: Iterable[BodyOp], scope: frozenset[str], vector: bool, kept: frozenset[str] = frozenset(),
+                paired: bool = False) -> BodyWriter:  # fmt: skip
+        writer = BodyWriter(self.layout, scope, vector, paired)
         for op in body:
             if isinstance(op, Reduce):
-                writer.lines.append(self._accumulate(op, self.layout.lane_reduced))
+                writer.lines.append(self._accumulate(op, self.layout.lane_reduced, "count" if paired else "n"))
             else:
                 writer.write(op)
-                writer.lines += [f"__builtin_memcpy({n}_row + {self._lane_name}, &{n}, sizeof {n});" for n in results(op) if n in kept]
-        return writer.lines
+                writer.lines += [f"__builtin_memcpy({self._place(n, paired)}, &{n}, sizeof {n});" for n in results(op) if n in kept]
+        return writer
 
     def _carry(self, op: Scan) -> str:
         kind = carry_type(op)
@@ -243,8 +299,17 @@ def block(head: str, lines: list[str], tail: str = "") -> list[str]:
     return [f"{head} {{".lstrip(), *("  " + line for line in lines), "}" + tail]
 
 
-def _each_part(statement: str) -> list[str]:
-    return ["#pragma GCC unroll 8", f"for (int k = 0; k < PARTS; ++k) {statement}"]
+def _each_part(statement: str, paired: bool = False) -> list[str]:
+    return _each("PARTS / 2" if paired else "PARTS", statement)
+
+
+def _each(count: str, statement: str) -> list[str]:
+    return ["#pragma GCC unroll 8", f"for (int k = 0; k < {count}; ++k) {statement}"]
+
+
+def _parts(name: str, paired: bool) -> str:
+    """The partial states of vector k: in pairs, even elements have the first half of them."""
+    return f"{name}[k], {name}[k + PARTS / 2]" if paired else f"{name}[k]"
 
 
 def _member(op: Reduce) -> str:

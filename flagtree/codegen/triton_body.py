@@ -312,12 +312,12 @@ class BodyWriter:
         for op in phase.inside:
             if isinstance(op, Scan) and op.axis in phase.loops:
                 rule = combination(op.combiner, (op.dtype,), self.accumulator)
-                shape = list(self.tile.shape(self.tile.op_deps(op)))
+                shape = self.tile.shape(self.tile.op_deps(op))
                 dim = self.tile.axes[op.axis].dim
-                if shape and dim is not None:
-                    shape[dim] = 1
+                if dim is not None:  # the carry has no lanes along the scan
+                    shape = () if self.tile.rank == 1 else (*shape[:dim], 1, *shape[dim + 1 :])
                 carries[op.name] = f"{op.name}_carry"
-                self.emit(f"{op.name}_carry = {self._filled(tuple(shape) if self.tile.rank > 1 else (), rule.identity[0], rule.types[0])}")
+                self.emit(f"{op.name}_carry = {self._filled(shape, rule.identity[0], rule.types[0])}")
         return carries
 
     def _open_loop(self, axis: TiledAxis) -> None:

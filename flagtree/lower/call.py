@@ -30,7 +30,8 @@ class Call:
 
     def __init__(self, lowering: Lowering, node: fx.Node) -> None:
         self.lowering, self.node = lowering, node
-        self.op: torch._ops.OpOverload = node.target
+        assert isinstance(node.target, torch._ops.OpOverload)
+        self.op = node.target
         self.packet, self.overload = packet_of(self.op), self.op._overloadname
         self.origin = node.meta.get("origin") or Origin(node.name)
 

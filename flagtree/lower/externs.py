@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import fx
 
 _GEMM = "matrix product: the platform's library"
@@ -32,6 +33,7 @@ def reason_for(packet: str) -> str:
 
 def written_operands(node: fx.Node) -> Iterator[fx.Node]:
     """Operand nodes that the call writes, from the schema's alias annotations."""
+    assert isinstance(node.target, torch._ops.OpOverload)
     schema = node.target._schema
     positions = _HIDDEN_WRITES.get(str(node.target), ())
     for k, argument in enumerate(schema.arguments):

@@ -105,6 +105,7 @@ class Lowering:
     def _root_for(self, node: fx.Node, fake: torch.Tensor) -> str:
         """The root behind the operand that shares the storage: two inputs may lie in one storage."""
         maker = node.args[0] if node.target is operator.getitem else node
+        assert isinstance(maker, fx.Node)
         for operand in maker.all_input_nodes:
             value = operand.meta["val"]
             if operand in self.of_node and isinstance(value, torch.Tensor) and _storage(value) == _storage(fake):
@@ -159,6 +160,7 @@ class Lowering:
     def _is_view(self, node: fx.Node) -> bool:
         """Results that share storage with something known, made by an operator that writes nothing."""
         value = node.meta["val"]
+        assert isinstance(node.target, torch._ops.OpOverload)
         if node.target._schema.is_mutable:
             return False
         if isinstance(value, torch.Tensor) and _storage(value) in self.root_of_storage:
@@ -182,7 +184,7 @@ class Lowering:
 
     def _pointwise(self, call: Call, formula: Callable[..., Any], promote: str, in_place: bool) -> None:
         out = call.tensor(0) if in_place else call.out()
-        if in_place and any(isinstance(a, fx.Node) and self.overlaps(call.node.args[0], a) for a in call.node.args[1:]):
+        if in_place and any(isinstance(a, fx.Node) and self.overlaps(call.node_argument(0), a) for a in call.node.args[1:]):
             raise NotLowered("in-place operation on overlapping views")
         body = Body(out.shape)
         kept = KEPT_OPERANDS.get(call.packet.removesuffix("_"), ())

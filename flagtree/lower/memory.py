@@ -76,6 +76,8 @@ def _cat(lowering: Lowering, call: Call) -> None:
     body = Body(out.shape)
     position = body.index(body.point[dim])
     start, result = ZERO, None
+    if not tensors:
+        raise NotLowered("concatenation of nothing")
     for k, tensor in enumerate(tensors):
         end = start + tensor.shape[dim]
         # every piece is read only inside its own stretch; the first test is enough for the first piece, and so on
@@ -84,10 +86,9 @@ def _cat(lowering: Lowering, call: Call) -> None:
         mask = low if high is None else high if low is None else body.op("and", low, high)
         index = [p - start if d == dim else p for d, p in enumerate(body.point)]
         value = body.cast(body.load(tensor, index, mask), out.dtype)
-        result = value if result is None else body.op("where", mask, value, result)
+        result = value if result is None or mask is None else body.op("where", mask, value, result)
         start = end
-    if result is None:
-        raise NotLowered("concatenation of nothing")
+    assert result is not None
     body.store(out, body.point, result)
     call.emit(body)
 
@@ -172,6 +173,7 @@ def _nll_loss(lowering: Lowering, call: Call) -> None:
     if reduction == 0:
         _total_weight(call, outs[1])
     else:
+        assert picked is not None
         _nll_total(call, picked, target, outs, reduction, ignored)
 
 

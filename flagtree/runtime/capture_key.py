@@ -78,7 +78,7 @@ class _Writer:
         raise Unkeyed(f"argument of type {type(value).__name__}")
 
 
-def _PLAIN_TENSORS() -> tuple[type, ...]:  # noqa: N802
+def _PLAIN_TENSORS() -> tuple[type, ...]:
     from torch._subclasses.fake_tensor import FakeTensor
 
     return (torch.Tensor, torch.nn.Parameter, FakeTensor)
@@ -136,5 +136,5 @@ def _attribute(module: fx.GraphModule, path: str) -> str:
         value = getattr(value, part)
     if not isinstance(value, torch.Tensor) or value.numel() > 4096 or value.is_meta:
         raise Unkeyed(f"attribute '{path}'")
-    data = hashlib.sha256(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.dim() else str(value.item()).encode())
-    return f"{value.dtype}{tuple(value.shape)}:{data.hexdigest()}"
+    data = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return f"{value.dtype}{tuple(value.shape)}{value.stride()}:{hashlib.sha256(data).hexdigest()}"

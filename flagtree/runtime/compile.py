@@ -16,7 +16,7 @@ from torch import fx
 
 from flagtree.artifact.code import code_digest
 from flagtree.artifact.files import canonical_json, parse_json
-from flagtree.artifact.store import Store
+from flagtree.artifact.store import Miss, Store
 from flagtree.errors import CaptureError, FlagtreeError, StoreError, ToolchainError
 from flagtree.runtime import cpu
 from flagtree.runtime.capture_key import CaptureKey, Unkeyed, capture_key, example_value
@@ -32,7 +32,8 @@ KIND = "graph"
 def backend(module: fx.GraphModule, example_inputs: Sequence[Any], **options: object) -> Callable[..., Any]:
     """Compile one graph that Dynamo captured.  With gradients it goes through AOTAutograd, forward and backward apart."""
     if options:
-        raise FlagtreeError(f"unknown option '{next(iter(options))}' for the flagtree backend", hint="it takes none; FLAGTREE_* variables set it")
+        what = f"unknown option '{next(iter(options))}' for torch.compile with flagtree"
+        raise FlagtreeError(what, hint="it takes none; `flagtree --help` lists the FLAGTREE_* variables")
     if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
         return _training(module, example_inputs)
     return compiled(module)
@@ -107,7 +108,7 @@ def _from_store(module: fx.GraphModule, key: CaptureKey) -> Callable[..., Any] |
     if isinstance(entry, Miss):
         log.info("capture key %s: %s", key.digest[:16], entry.reason)
         return None
-    meta = parse_json(entry.files["graph.json"], "a stored graph")
+    meta: Any = parse_json(entry.files["graph.json"], "a stored graph")
     if not _hold(meta["conditions"], key):
         log.info("capture key %s: stored for other sizes", key.digest[:16])
         return None

@@ -6,6 +6,7 @@ Order never changes, so in-place writes keep their meaning.  Used by `compile.py
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,12 +17,15 @@ from flagtree.runtime.capture_key import example_value
 from flagtree.runtime.dtypes import DTYPES
 
 _CARRIED = frozenset(DTYPES.values())
+_INLINED = frozenset({"tag_activation_checkpoint"})  # tracing runs their body
 
 
 def uncarried(node: fx.Node) -> str | None:
     """Why a program cannot hold this call, None where it can."""
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
+    if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() not in _INLINED:
         return f"control flow, {node.target.name()}"
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node) and isinstance(_known(node.args[0]), tuple):
+        return uncarried(node.args[0])  # what a call returns in parts stays beside it
     if any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values())) and node.target in ("view", torch.ops.aten.view.dtype):
         return "memory seen as another element type"
     for value in (_known(n) for n in (node, *node.all_input_nodes)):
@@ -44,16 +48,24 @@ def split(module: fx.GraphModule, compile_part: Callable[[fx.GraphModule], Calla
     calls = [n for n in module.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
     if all(uncarried(n) is None for n in calls):
         return None
-    whole = fx.GraphModule(module, fx.Graph())
+    whole = fx.Graph()
+    called: dict[str, Any] = {str(n.target): _attribute(module, str(n.target)) for n in module.graph.nodes if n.op == "get_attr"}
     env: dict[fx.Node, fx.Node] = {}
     for stretch in _stretches(list(module.graph.nodes)):
         if uncarried(stretch[0]) is not None or stretch[0].op in ("placeholder", "get_attr", "output"):
             for node in stretch:
-                env[node] = whole.graph.node_copy(node, env.__getitem__)
+                env[node] = whole.node_copy(node, env.__getitem__)
         else:
-            _replace(module, stretch, whole, env, compile_part)
-    whole.recompile()
-    return whole.forward
+            part, inputs, results = _part(module, stretch)
+            name = f"flagtree_part_{len(called)}"
+            called[name] = _Called(compile_part(part))
+            call = whole.call_module(name, tuple(env[n] for n in inputs))
+            env |= {node: whole.call_function(operator.getitem, (call, k)) for k, node in enumerate(results)}
+    return fx.GraphModule(called, whole).forward
+
+
+def _attribute(module: fx.GraphModule, path: str) -> Any:
+    return operator.attrgetter(path)(module)
 
 
 def _stretches(nodes: Sequence[fx.Node]) -> list[list[fx.Node]]:
@@ -69,39 +81,27 @@ def _stretches(nodes: Sequence[fx.Node]) -> list[list[fx.Node]]:
     return out
 
 
-def _replace(
-    module: fx.GraphModule,
-    stretch: list[fx.Node],
-    whole: fx.GraphModule,
-    env: dict[fx.Node, fx.Node],
-    compile_part: Callable[[fx.GraphModule], Callable[..., Any]],
-) -> None:
-    """One call of the compiled stretch in `whole`; its results stand in `env` for the nodes that later ones use."""
+def _part(module: fx.GraphModule, stretch: list[fx.Node]) -> tuple[fx.GraphModule, list[fx.Node], list[fx.Node]]:
+    """(the stretch as a graph of its own, what it takes, what others use of it).  It takes every size too, as symbols need a source."""
     inside = set(stretch)
     used = dict.fromkeys(a for n in stretch for a in n.all_input_nodes if a not in inside)
     sizes = [n for n in module.graph.nodes if n.op == "placeholder" and isinstance(_known(n), torch.SymInt)]
     inputs = [*dict.fromkeys([*sizes, *(n for n in used if n.op != "get_attr")])]
     results = [n for n in stretch if any(u not in inside for u in n.users)]
     graph = fx.Graph()
-    part: dict[fx.Node, fx.Node] = {}
+    copied: dict[fx.Node, fx.Node] = {}
     for node in inputs:
-        part[node] = graph.placeholder(node.name)
-        part[node].meta = dict(node.meta)
+        copied[node] = graph.placeholder(node.name)
+        copied[node].meta = dict(node.meta)
     for node in (*(n for n in used if n.op == "get_attr"), *stretch):
-        part[node] = graph.node_copy(node, part.__getitem__)
-    graph.output(tuple(part[n] for n in results))
-    name = f"flagtree_part_{len(env)}"
-    whole.add_submodule(name, _Part(compile_part(fx.GraphModule(module, graph))))
-    call = whole.graph.call_module(name, tuple(env[n] for n in inputs))
-    for position, node in enumerate(results):
-        env[node] = whole.graph.call_function(_item, (call, position))
+        copied[node] = graph.node_copy(node, copied.__getitem__)
+    graph.output(tuple(copied[n] for n in results))
+    return fx.GraphModule(module, graph), inputs, results
 
 
-def _item(results: Sequence[Any], position: int) -> Any:
-    return results[position]
+class _Called(torch.nn.Module):
+    """A compiled part where an fx graph wants a module."""
 
-
-class _Part(torch.nn.Module):
     def __init__(self, run: Callable[..., Any]) -> None:
         super().__init__()
         self.run = run

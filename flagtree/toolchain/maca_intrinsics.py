@@ -18,6 +18,9 @@ RENAMED: dict[str, str] = {
     "llvm.amdgcn.workgroup.id.y": "llvm.mxc.block.id.y",
     "llvm.amdgcn.workgroup.id.z": "llvm.mxc.block.id.z",
     "llvm.amdgcn.s.barrier": "llvm.mxc.barrier",
+    # Orders shared memory within one warp.  MACA's counterpart is not known, so the whole block waits: stronger, and the emulator checks
+    # that all threads come (Triton's control flow around it is uniform).
+    "llvm.amdgcn.wave.barrier": "llvm.mxc.barrier",
     "llvm.amdgcn.ds.bpermute": "llvm.mxc.bsm.bpermute",
     # hardware approximations become LLVM's own functions: at least as exact, and MetaX's compiler knows them
     "llvm.amdgcn.sqrt.f32": "llvm.sqrt.f32",

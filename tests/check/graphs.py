@@ -24,14 +24,14 @@ from flagtree.targets import find_target
 
 @dataclass(frozen=True)
 class Traced:
-    """`before` and `after`: buffer name to contents when the graph starts, and right after the call that made it (a caller's buffer: at
-    the end); `symbols`: values of the program's symbols."""
+    """`before`: the caller's tensors when the graph starts; `final`: every tensor of the graph by buffer name, when it has ended;
+    `symbols`: values of the program's symbols."""
 
     graph: fx.Graph
     lowered: Lowered
     program: Program
     before: Mapping[str, torch.Tensor]
-    after: Mapping[str, torch.Tensor]
+    final: Mapping[str, torch.Tensor]
     symbols: Mapping[str, int]
 
 
@@ -44,9 +44,9 @@ def trace(module: fx.GraphModule, names: list[str], fakes: list[Any], roles: Map
     given = {**dict(zip(names, values, strict=True)), **normal.constants}
     sizes = _sizes(normal, given)
     before = {n: v.clone() for n, v in given.items() if isinstance(v, torch.Tensor)}
-    after = _run(normal.graph, given, sizes)
+    final = _run(normal.graph, given, sizes)
     symbols = {lowered.symbols[s.name]: v for s, v in sizes.items() if s.name in lowered.symbols}
-    return Traced(normal.graph, lowered, program, before, after, symbols)
+    return Traced(normal.graph, lowered, program, before, final, symbols)
 
 
 def trace_function(function: Callable[..., Any], *args: torch.Tensor, dynamic: bool = False) -> Traced:
@@ -84,7 +84,6 @@ def _sizes(normal: Normalised, given: Mapping[str, Any]) -> dict[sympy.Symbol, i
 
 def _run(graph: fx.Graph, given: Mapping[str, Any], sizes: Mapping[sympy.Symbol, int]) -> dict[str, torch.Tensor]:
     values: dict[fx.Node, Any] = {}
-    after: dict[str, torch.Tensor] = {}
 
     def argument(x: Any) -> Any:
         if isinstance(x, fx.Node):
@@ -98,6 +97,5 @@ def _run(graph: fx.Graph, given: Mapping[str, Any], sizes: Mapping[sympy.Symbol,
             elif node.op == "call_function":
                 args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), argument)
                 values[node] = args[0][args[1]] if node.target is operator.getitem else node.target(*args, **kwargs)
-                if isinstance(values[node], torch.Tensor):
-                    after[node.name] = values[node].clone()
-    return after | {n: v for n, v in given.items() if isinstance(v, torch.Tensor)}
+    found = {str(n.target) if n.op == "placeholder" else n.name: v for n, v in values.items()}
+    return {n: v for n, v in found.items() if isinstance(v, torch.Tensor)}

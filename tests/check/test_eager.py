@@ -14,7 +14,9 @@ from flagtree.capture.model import capture
 from flagtree.capture.model_spec import ModelSpec
 from flagtree.check.eager import NoEager, eager_outputs
 from flagtree.ir.canonical import kernels
-from flagtree.ir.program import Origin
+from flagtree.ir.evaluate import torch_dtype
+from flagtree.ir.program import Kernel, Origin
+from flagtree.ir.walk import run_kernel
 from tests.check.graphs import Traced, trace, trace_function
 
 CONFIG: dict[str, Any] = {
@@ -25,24 +27,44 @@ CONFIG: dict[str, Any] = {
 PARTS = {"prefill": {"batch": [1, 4], "sequence": [1, 32], "context": [1, 48]}, "decode": {"batch": [1, 4], "context": [1, 48]}}
 
 
+class Memory:
+    """Contents of every buffer of a program while its kernels are replaced by their eager counterparts, one after the other."""
+
+    def __init__(self, traced: Traced) -> None:
+        self.traced, self.roots = traced, {n: v.clone() for n, v in traced.before.items()}
+
+    def view(self, name: str) -> torch.Tensor:
+        program, symbols = self.traced.program, self.traced.symbols
+        buffer, offset = program.buffer(name), 0
+        shape, strides = ([e.evaluate(symbols) for e in part] for part in (buffer.shape, buffer.layout))
+        while buffer.alias_of is not None:
+            offset, buffer = offset + buffer.alias_of.offset.evaluate(symbols), program.buffer(buffer.alias_of.base)
+        if buffer.name not in self.roots:
+            self.roots[buffer.name] = torch.full(shape, -77).to(torch_dtype(buffer.dtype)).as_strided(shape, strides)
+        root = self.roots[buffer.name]
+        return torch.as_strided(root, shape, strides, root.storage_offset() + offset)
+
+
 def check_kernels(traced: Traced) -> tuple[int, list[str]]:
-    """(kernels whose stored buffers all have eager's bits, why the others were not compared)."""
-    compared, refused = 0, []
-    for kernel in kernels(traced.program.steps):
-        names = dict.fromkeys((*kernel.reads, *kernel.writes))
-        tensors = {n: traced.before[n] if n in traced.before else traced.after[n] for n in names if n in traced.before or n in traced.after}
-        for name in kernel.writes:
-            if name not in traced.before and name in traced.after:
-                tensors[name] = torch.full_like(traced.after[name], -77)
+    """(kernels replaced by eager, why the others were not); afterwards every output and every caller's buffer has eager's bits."""
+    compared, refused, memory = 0, [], Memory(traced)
+    for step in traced.program.steps:
+        if not isinstance(step, Kernel):
+            memory.roots |= {n: traced.final[n].clone() for n in step.writes}
+            continue
+        tensors = {n: memory.view(n) for n in dict.fromkeys((*step.reads, *step.writes))}
         try:
-            found = eager_outputs(traced.graph, traced.program, kernel, tensors, traced.symbols, traced.lowered.symbols)
+            found = eager_outputs(traced.graph, traced.program, step, tensors, traced.symbols, traced.lowered.symbols)
         except NoEager as error:
             refused.append(error.why)
+            run_kernel(traced.program, step, tensors, traced.symbols)
             continue
         for name, value in found.items():
-            assert value.dtype == traced.after[name].dtype
-            assert torch.equal(value, traced.after[name]), f"{kernel.name}: {name}"
-        compared += set(found) == set(kernel.writes)
+            tensors[name].copy_(value)
+        compared += set(found) == set(step.writes)
+    for name in (*traced.program.outputs, *traced.before):
+        assert memory.view(name).dtype == traced.final[name].dtype
+        assert torch.equal(memory.view(name), traced.final[name]), name
     return compared, refused
 
 
@@ -130,6 +152,7 @@ def test_a_kernel_of_another_graph_is_refused() -> None:
     traced = trace_function(in_place, torch.randn(4, 6), torch.randn(4, 6))
     kernel = next(k for k in kernels(traced.program.steps) if any(w in traced.before for w in k.writes))
     stranger = replace(kernel, origins=(Origin("elsewhere"),))
-    tensors = {n: traced.before.get(n, traced.after.get(n)) for n in (*kernel.reads, *kernel.writes)}
+    memory = Memory(traced)
+    tensors = {n: memory.view(n) for n in (*kernel.reads, *kernel.writes)}
     with pytest.raises(NoEager, match="no call of the captured graph"):
         eager_outputs(traced.graph, traced.program, stranger, tensors, traced.symbols, traced.lowered.symbols)

@@ -17,8 +17,11 @@ from flagtree.toolchain.triton_aot import workers
 from tests.codegen.triton_kernels import METAX, TEXTS, assert_close, buffers, isolated, reference
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "the emulator runs")
-SMALL = ("rotary", "softmax", "layernorm", "cross_entropy", "argmax", "cumsum", "cumulative_loop", "columns", "batch_statistics", "transpose", "integers",
-         "accumulate", "online", "residual", "rmsnorm_odd")  # fmt: skip
+SMALL = (
+    *("rotary", "softmax", "layernorm", "cross_entropy", "argmax", "cumsum", "cumulative_loop", "columns"),
+    *("batch_statistics", "transpose", "integers", "accumulate", "online", "residual", "rmsnorm_odd"),
+)
+REFUSALS = ("Triton's limit", "updated in place by", "runs inside another loop", "covers")
 
 
 def random_schedule(program: Program, chance: random.Random) -> Schedule:
@@ -42,7 +45,7 @@ def random_schedule(program: Program, chance: random.Random) -> Schedule:
         room = max(1, room // size)
         tiles.append((axis.name, size))
     lane = chance.choice([a.name for a in kernel.axes])
-    return Schedule(lane, tuple(tiles), tuple(loops), chance.choice((1, 2, 4, 8)), 1)
+    return Schedule(lane, tuple(tiles), tuple(loops), chance.choice((2, 4, 8)), 1)
 
 
 def _cases(seeds: range) -> list[tuple[str, int]]:
@@ -59,7 +62,8 @@ def _check(cases: list[tuple[str, int]]) -> int:
         try:
             made.append((name, program, generate(program, digest(program), METAX)))
         except CodegenError as e:
-            assert "limit" in e.why or "in place" in e.what or "scan" in e.what or "covers" in e.what, str(e)
+            if not any(said in str(e) for said in REFUSALS):
+                raise
     with workers(2) as pool:
         built = maca.build_sources([(digest(p), s) for _, p, s in made], METAX, pool)
     for (name, program, source), kernel in zip(made, built, strict=True):

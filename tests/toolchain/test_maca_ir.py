@@ -129,6 +129,11 @@ def test_functions(call: str, reference) -> None:  # type: ignore[no-untyped-def
     torch.testing.assert_close(y.double(), torch.tensor([float(reference(v)) for v in x.tolist()], dtype=torch.float64), rtol=2e-7, atol=0)
 
 
+def test_barriers_of_a_warp_become_barriers_of_the_block() -> None:
+    text = kernel("  call void @llvm.amdgcn.wave.barrier()", "declare void @llvm.amdgcn.wave.barrier()")
+    assert "  call void @llvm.mxc.barrier()\n" in convert(text, "xcore1000", 1).text
+
+
 @needs_emulator
 def test_remainder_is_exact() -> None:
     x = torch.rand(64) * 1e20

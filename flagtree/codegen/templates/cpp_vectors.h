@@ -245,11 +245,6 @@ INLINE void store_pair(u16 *p, const f32v *halves, int n) {
   __builtin_memcpy(part, &v, sizeof v);
   for (int l = 0; l < n; ++l) p[l] = part[l];
 }
-//@ keep_half
-// `keep` where the lanes hold every other element
-template <class V> INLINE V keep_half(int n, int half, V now, V before) {
-  return keep((n + 1 - half) / 2, now, before);
-}
 //@ any_lane
 INLINE bool any_lane(i32v m, int n) {
   for (int l = 0; l < n; ++l) if (m[l]) return true;
