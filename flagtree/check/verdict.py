@@ -1,7 +1,7 @@
 """Is what a kernel computed right?  One stored buffer of one run against float64, the interpreter and PyTorch eager.
 
-The rules are DESIGN's "Equal to eager", and one more that the error alone cannot see: a rounding that eager does and the kernel leaves
-out makes it more accurate, so results must also agree with the interpreter, which rounds where the kernel's text says.
+The rules are DESIGN's "Equal to eager", and what that cannot see: float64 comes from the kernel's own text, so eager must be near it;
+a rounding left out makes a kernel more accurate, so it must also agree with the interpreter, which rounds where the text says.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from flagtree.ir.dtypes import DTYPES
 
 Tensor = torch.Tensor
 TIMES_EAGER, OF_MAGNITUDE = 4.0, 1e-6  # RMS error against float64: at most 4 times eager's plus 1e-6 of the mean magnitude
+# float64 is computed from the kernel's own text, so eager must be near it too, else a pass or a lowering changed the meaning.
+# Wider than the rule above: eager may sum in a worse order than we do.
+EAGER_TIMES_OURS, EAGER_OF_MAGNITUDE = 8.0, 1e-5
 # Share of elements that agree with the interpreter.  The only legal difference is an exp or a sum that ends an f32 ULP away: it
 # changes a bf16 in about 1 of 10 000 elements and an f16 in 1 of 1 000, and is far below 256 ULP of an f32 short of cancellation.
 # A missing rounding to bf16 or f16 changes a third of the elements, or moves an f32 by thousands of ULP.
@@ -45,6 +48,9 @@ def judge(dtype: str, ours: Tensor, own: Tensor, truth: Tensor, eager: Tensor | 
     allowed = TIMES_EAGER * theirs.rms + OF_MAGNITUDE * mine.magnitude
     if mine.rms > allowed:
         faults.append(f"RMS error {mine.rms:.3g} against float64, {_whose(eager)}'s is {theirs.rms:.3g}, allowed {allowed:.3g}")
+    near = EAGER_TIMES_OURS * max(mine.rms, accuracy(own, truth, dtype).rms) + EAGER_OF_MAGNITUDE * mine.magnitude
+    if theirs.rms > near:
+        faults.append(f"eager's RMS distance from what the kernel's text means is {theirs.rms:.3g}, allowed {near:.3g}: its meaning is another")
     if places := unequal_places(ours, reference):
         faults.append(f"NaN or infinity at {places} places where {_whose(eager)} has another value")
     share, disagrees = _agreement(dtype, ours, own)

@@ -22,6 +22,7 @@ from flagtree.ir.index import Index
 from flagtree.ir.program import BodyOp, Reduce, Scan, Store
 
 PARTIALS = 32
+BLOCK = 256  # points of a reduce axis that one partial sum of a column takes
 COLUMNS = 4  # vectors of columns reduced side by side: whole cache lines, and sums that do not wait for one another
 
 # combiner -> (fields of its state, start of each: a number, or "low"/"high" for the type's ends)
@@ -189,19 +190,34 @@ class RowWriter:
         reduces = [op for op in body if isinstance(op, Reduce)]
         state, axes = self._state_name(0), self.layout.loops
         inside = self._statements(body, scope | {a.name for a in axes}, vector=True)
-        after = [*(line for op in reduces for line in self._results(op, f"part.{_member(op)}")), *self._statements(pending, scope, vector=True)]
+        after = [line for op in reduces for line in self._results(op, f"part.{_member(op)}")]
+        after += self._statements(pending, scope, vector=True)
         counters = "".join(f"const i64 {a.name}, " for a in axes)
         head = f"const i64 {self._lane_name}, const int n, {state} &part) __attribute__((always_inline))"
         point = "".join(f"{a.name}, " for a in axes)
-        many = [f"{state} parts[COLUMNS];", *_each("COLUMNS", f"parts[k] = {self._start(reduces)};"),
-                *self._loops(_each("COLUMNS", f"add({point}at + k * W, W, parts[k]);")), *_each("COLUMNS", "finish(at + k * W, W, parts[k]);")]
-        one = ["const int n = end - at < W ? (int)(end - at) : W;", f"{state} part = {self._start(reduces)};",
-               *self._loops([f"add({point}at, n, part);"]), "finish(at, n, part);"]  # fmt: skip
+        join = "".join(f" total[k].{m} = combine(total[k].{m}, part[k].{m});" for m in map(_member, reduces))
+        many = [f"{state} total[COLUMNS], part[COLUMNS];", *_each("COLUMNS", f"total[k] = {self._start(reduces)};"),
+                *self._blocked(_each("COLUMNS", f"part[k] = {self._start(reduces)};"),
+                               _each("COLUMNS", f"add({point}at + k * W, W, part[k]);"), _each("COLUMNS", "{" + join + " }")),
+                *_each("COLUMNS", "finish(at + k * W, W, total[k]);")]  # fmt: skip
+        one = ["const int n = end - at < W ? (int)(end - at) : W;", f"{state} total = {self._start(reduces)}, part;",
+               *self._blocked([f"part = {self._start(reduces)};"], [f"add({point}at, n, part);"], [join.replace("[k]", "").strip()]),
+               "finish(at, n, total);"]  # fmt: skip
         return [
             *self._state(0, reduces), f"enum : int {{ COLUMNS = {COLUMNS} }};",
             *block(f"const auto add = [&]({counters}{head}", inside, ";"), *block(f"const auto finish = [&]({head}", after, ";"),
             *block("for (; at + COLUMNS * W <= end; at += COLUMNS * W)", many), *block("for (; at < end; at += W)", one),
         ]  # fmt: skip
+
+    def _blocked(self, start: list[str], add: list[str], join: list[str]) -> list[str]:
+        """The reduce loops, the innermost in blocks of BLOCK points that are joined: a long sum stays as accurate as a short one."""
+        inner, extent = self.layout.loops[-1].name, self._text(self.layout.loops[-1].extent)
+        last = f"const i64 {inner}_end = {inner}_block + {BLOCK} < {extent} ? {inner}_block + {BLOCK} : {extent};"
+        points = block(f"for (i64 {inner} = {inner}_block; {inner} < {inner}_end; ++{inner})", add)
+        lines = block(f"for (i64 {inner}_block = 0; {inner}_block < {extent}; {inner}_block += {BLOCK})", [last, *start, *points, *join])
+        for axis in reversed(self.layout.loops[:-1]):
+            lines = block(f"for (i64 {axis.name} = 0; {axis.name} < {self._text(axis.extent)}; ++{axis.name})", lines)
+        return lines
 
     def _is_hoisted(self, op: BodyOp, done: set[str]) -> bool:
         if isinstance(op, Store):

@@ -136,5 +136,12 @@ class Facts:
         index = self.bounds.simplify(index)
         assumed = self.constraints(mask)
         return all(
-            self.bounds.nonnegative(side) or any(self.bounds.nonnegative(side - c) for c in assumed) for side in (index, extent - index - 1)
+            self.bounds.nonnegative(side) or any(self.bounds.nonnegative(side - k * c) for c in assumed for k in _factors(side, c))
+            for side in (index, extent - index - 1)
         )
+
+
+def _factors(side: Index, constraint: Index) -> set[Index]:
+    """Positive constants k for which `k * constraint` may cancel a term of `side`; 1 is always tried."""
+    names = {m[0] for m, c in constraint.terms if len(m) == 1 and abs(c) == 1}
+    return {Index.of(1)} | {Index.of(abs(c)) for m, c in side.terms if len(m) == 1 and m[0] in names}

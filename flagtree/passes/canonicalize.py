@@ -47,7 +47,7 @@ def canonical_kernel(program: Program, kernel: Kernel) -> Kernel:
     body = _fold_casts(body)
     body = _common_subexpressions(body)
     body = _complementary_loads(body, {a.name: a.extent for a in kernel.axes})
-    body = prune(body)
+    body = prune(_complementary_selects(body))
     if body == kernel.body:
         return kernel
     new = renumber(replace(kernel, body=body))
@@ -234,6 +234,21 @@ def _complementary_loads(body: tuple[BodyOp, ...], extents: dict[str, Index]) ->
             names = {high.name: low.name}
             return tuple(joined if op is low else rename(op, names) for op in _without(body, high, low))
     return body
+
+
+def _complementary_selects(body: tuple[BodyOp, ...]) -> tuple[BodyOp, ...]:
+    """where(i >= c, a, where(i < c, b, z)) is where(i >= c, a, b): the two halves of a concatenation."""
+    ops = {n: op for op in body for n in defined(op)}
+    out: list[BodyOp] = []
+    for op in body:
+        if isinstance(op, Compute) and op.op == "where" and isinstance(op.args[2], str):
+            inner = ops[op.args[2]]
+            if isinstance(inner, Compute) and inner.op == "where":
+                high, low = (_threshold(ops[str(m)], sign, ops) for m, sign in ((op.args[0], "ge"), (inner.args[0], "lt")))
+                if high is not None and high == low:
+                    op = replace(op, args=(op.args[0], op.args[1], inner.args[1]))
+        out.append(op)
+    return tuple(out)
 
 
 def _without(body: tuple[BodyOp, ...], gone: Load, kept: Load) -> list[BodyOp]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from flagtree.ir.deps import dependences
+from flagtree.ir.dtypes import DTYPES
 from flagtree.ir.program import Kernel, Program, Reduce, Scan, Step
 from flagtree.passes.base import Fuel, Refused, Report
 from flagtree.passes.canonicalize import canonical_kernel, drop_dead
@@ -143,7 +144,9 @@ class FusionWalk:
     def _is_cheap(self, kernel: Kernel) -> bool:
         if has_reduction(kernel) or len(kernel.writes) != 1 or kernel.writes[0] in self.escaping or len(kernel.reads) > 1:
             return False
-        return len(kernel.body) <= 8 and not any(getattr(op, "op", "") in EXPENSIVE for op in kernel.body)
+        read = sum(DTYPES[op.dtype].bits for op in kernel.loads)  # a narrowing is stored once rather than read wide by each
+        written = DTYPES[self.program.buffer(kernel.writes[0]).dtype].bits
+        return len(kernel.body) <= 8 and read <= written and not any(getattr(op, "op", "") in EXPENSIVE for op in kernel.body)
 
     # -- the walk ------------------------------------------------------------------------------------------------------
     def run(self, wanted: Wanted) -> Program:

@@ -29,7 +29,8 @@ WIDE = {**SMALL, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_la
 def describe(path: Path, config: dict[str, Any], dtype: str, batch: int = 4) -> Path:
     """Write the description of a model and return its path."""
     rows = [1, config["max_position_embeddings"]]
-    parts = {"prefill": {"batch": [1, batch], "sequence": rows, "context": rows}, "decode": {"batch": [1, batch], "context": rows}}
+    decode = {"batch": [1, batch], "context": [*rows]}
+    parts = {"prefill": {"batch": [1, batch], "sequence": [*rows], "context": [*rows]}, "decode": decode}
     name = f"qwen3-{config['hidden_size']}x{config['num_hidden_layers']}"
     data = {"name": name, "architecture": "Qwen3ForCausalLM", "dtype": dtype, "config": config, "parts": parts}
     path.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")

@@ -35,12 +35,14 @@ import triton.language as tl
 
 @triton.jit
 def welford(mean_a, m2_a, n_a, mean_b, m2_b, n_b):
-    # Chan's pairwise update of (mean, sum of squared deviations, count), symmetric to the bit
+    # Chan's pairwise update of (mean, sum of squared deviations, count), symmetric to the bit: the larger count is the base
     n = n_a + n_b
-    d = tl.where(n == 0.0, 1.0, n)
+    first, second = n_a > n_b, n_a < n_b
+    share = tl.div_rn(tl.where(first, n_b, n_a), tl.where(n == 0.0, 1.0, n))
     delta = mean_b - mean_a
-    mean = 0.5 * (mean_a + mean_b) + 0.5 * (delta * tl.div_rn(n_b - n_a, d))
-    return mean, (m2_a + m2_b) + (delta * delta) * tl.div_rn(n_a * n_b, d), n
+    step = delta * share
+    mean = tl.where(first, mean_a + step, tl.where(second, mean_b - step, 0.5 * (mean_a + mean_b)))
+    return mean, (m2_a + m2_b) + (delta * step) * tl.where(first, n_a, n_b), n
 
 
 @triton.jit(do_not_specialize=["n0", "n1"])
