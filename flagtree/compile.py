@@ -6,13 +6,19 @@ published.  When nothing changed, the bundle of last time is found by its key an
 
 from __future__ import annotations
 
+import re
+import shutil
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flagtree.artifact.bundle import copy_bundle, open_bundle, write_bundle
 from flagtree.artifact.code import code_digest
+from flagtree.artifact.container import SUFFIX
+from flagtree.artifact.files import writing
 from flagtree.artifact.key import KeyFactors
 from flagtree.artifact.store import Store
 from flagtree.artifact.trust import record_built
@@ -43,8 +49,8 @@ def compile_model(
 ) -> CompileReport:
     """Compile `model` (a name, a YAML or a config.json) for each target.
 
-    `parts`: all by default; `layers`: another depth; `dtype`: another element type; `out`: a folder for the bundles, else they stay
-    in the store.  Raises the error of the part that fails; what was there before is then as it was.
+    `parts`: all by default; `layers`: another depth; `dtype`: another element type; `out`: a folder for the bundles, or a file
+    `.ftb` for one; else they stay in the store.  Raises the error of the part that fails; what was there before is then as it was.
     """
     spec = load_spec(model)
     spec = spec if layers is None else spec.with_depth(layers)
@@ -52,6 +58,8 @@ def compile_model(
     for part in chosen:
         if part not in PARTS:
             raise UnknownName("part", part, PARTS)
+    if out is not None and out.suffix == SUFFIX and len(targets) > 1:
+        raise BundleError("one file cannot hold the bundles of several targets", where=str(out), hint="name a folder with --out")
     job = _Job(spec, chosen, dtype, jobs or settings.jobs, progress)
     return CompileReport(spec.name, tuple(job.bundle(find_target(name), out) for name in targets))
 
@@ -67,15 +75,16 @@ class _Job:
     def bundle(self, target: Target, out: Path | None) -> BundleReport:
         """The bundle for one target: last time's when its key is the same and it is whole, else built now."""
         key = self._key(target)
-        name = f"{self.spec.name}-{target.name.replace(':', '-')}"
+        name = folder_name(f"{self.spec.name}-{target.name}")
         home = settings.cache_dir / "bundles" / key.digest()[:16] / name
         report = self._known(key, home)
         if report is None:
+            _prepare(home)
             report = self._build(target, home, key)
         if out is not None:
-            place = out / name
+            place = out if out.suffix == SUFFIX else out / name
             copy_bundle(home, place)
-            report = BundleReport(**{**_fields(report), "path": str(place)})
+            report = replace(report, path=str(place))
         return report
 
     def _key(self, target: Target) -> KeyFactors:
@@ -95,7 +104,7 @@ class _Job:
                 "target": target.name,
                 "tools": toolchain_of(target).versions(target),
                 "code": code_digest(),
-                "fuel": settings.fuel,
+                "settings": settings.key_factors(),
                 "flagtree": own,
             }
         )
@@ -107,12 +116,12 @@ class _Job:
         try:
             bundle = open_bundle(home)
             bundle.verify()
-        except (BundleError, StoreError):
+            stored = CompileReport.from_json(entry.files["report.json"].decode()).bundles[0]
+        except (BundleError, StoreError, ValueError, KeyError, IndexError):  # damaged, or a report of another release: build anew
             return None
-        stored = CompileReport.from_json(entry.files["report.json"].decode()).bundles[0]
         if bundle.digest != stored.digest:
             return None
-        return BundleReport(**{**_fields(stored), "path": str(home), "cached": True, "seconds": {}})
+        return replace(stored, path=str(home), cached=True, seconds={})
 
     # -- building ------------------------------------------------------------------------------------------------------
     def _build(self, target: Target, home: Path, key: KeyFactors) -> BundleReport:
@@ -127,7 +136,6 @@ class _Job:
                 self._captured[part] = capture_part(self.spec, part, self.dtype)
         made = assemble({p: self._captured[p] for p in self.parts}, target, self.jobs, clock, self.store)
         clock.phase("bundle")
-        home.parent.mkdir(parents=True, exist_ok=True)
         digest = write_bundle(home, name=self.spec.name, target=target.name, **made.content)
         record_built(digest, self.store)
         report = BundleReport(target.name, str(home), digest, made.parts, made.tiers, clock.seconds(), False, made.executed)
@@ -160,6 +168,25 @@ class _Clock:
         return {name: round(value, 3) for name, value in self.spent.items()}
 
 
-def _fields(report: BundleReport) -> dict[str, Any]:
-    return {f: getattr(report, f) for f in report.__dataclass_fields__}
+def folder_name(name: str) -> str:
+    """`name` as one part of a path: letters and digits of any language, and `. _ + -` inside; never empty, never hidden."""
+    return re.sub(r"[^\w.+-]+", "-", name).strip(".-")[:100] or "model"
+
+
+def _prepare(home: Path) -> None:
+    """Make the folder for a bundle in the store, and room in it: what stands at `home` and is no bundle was damaged.
+
+    StoreError before any work is done when the store cannot be written.
+    """
+    with writing(home.parent, "FLAGTREE_CACHE_DIR moves the store"):
+        home.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=home.parent) as probe:
+            probe.write(b"room?")
+        try:
+            open_bundle(home)
+        except (BundleError, StoreError):
+            if home.is_dir() and not home.is_symlink():
+                shutil.rmtree(home)
+            else:
+                home.unlink(missing_ok=True)
 

@@ -31,7 +31,7 @@ class Ladder:
         return settings.cache_dir / "debug" / self.name.replace("/", "_")
 
     def _say(self, text: str) -> None:
-        print(f"flagtree {self.name}: {text}", file=sys.stderr)
+        sys.stderr.write(f"flagtree {self.name}: {text}\n")
 
     def _write(self, name: str, data: bytes) -> None:
         path = self.folder / name

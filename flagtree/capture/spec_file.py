@@ -87,10 +87,15 @@ def _check_events(path: Path, text: str) -> None:
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
-            raise CaptureError("anchors are not allowed in a model description", where=f"{path}:{event.start_mark.line + 1}")
+            raise CaptureError("anchors are not allowed in a model description", where=f"{path}:{_line(event)}")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
-            raise CaptureError("the model description is nested too deeply", where=f"{path}:{event.start_mark.line + 1}")
+            raise CaptureError("the model description is nested too deeply", where=f"{path}:{_line(event)}")
+
+
+def _line(event: yaml.Event) -> int:
+    """1-based; the pure-Python and the C parser both set the mark, whatever the stubs say."""
+    return event.start_mark.line + 1 if event.start_mark is not None else 0
 
 
 def _collect_lines(path: Path, node: yaml.Node, at: FieldPath, lines: dict[FieldPath, int]) -> None:

@@ -1,7 +1,82 @@
-"""placeholder until the certificate helper reports"""
-from dataclasses import dataclass, field
-@dataclass
-class E:
-    content: object=None
-    executed: dict=field(default_factory=dict)
-def gather(*a): return E()
+"""The certificate of one bundle: a subject for each distinct kernel of its parts, executed and judged by check/certify.py.
+
+A kernel whose own code cannot run here is built once more, from the same isolated text, for a target that the emulator executes; the
+evidence says so.  Called by flagtree/assemble.py before the bundle is written: a wrong kernel stops it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from flagtree.artifact.store import Store
+from flagtree.check.certify import Subject, certify
+from flagtree.check.eager import eager_of
+from flagtree.errors import FlagtreeError
+from flagtree.ir.canonical import digest, isolate_all
+from flagtree.passes.pipeline import pipeline, run_pipeline
+from flagtree.progress import SILENT, Progress
+from flagtree.targets import all_targets
+from flagtree.targets.base import Target
+from flagtree.toolchain.base import BuiltKernel
+from flagtree.toolchain.build import build_kernels
+
+if TYPE_CHECKING:
+    from flagtree.assemble import GeneratedPart
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """`content`: the certificate's evidence.  `executed`: how a kernel was run to the number of distinct kernels run that way."""
+
+    content: Mapping[str, object]
+    executed: Mapping[str, int]
+
+
+def gather(
+    generated: Mapping[str, GeneratedPart], built: Mapping[str, BuiltKernel], target: Target, jobs: int, progress: Progress, store: Store
+) -> Gathered:
+    """Evidence for every kernel of `built` (by digest).  Raises WrongKernel."""
+    subjects: dict[str, Subject] = {}
+    for part in generated.values():
+        # the folded program has lost which layer a buffer stood for; the captured depth has a node for each
+        program, _ = run_pipeline(part.part.lowered.program, pipeline(target), target, check=False)
+        for kernel, alone in isolate_all(program):
+            eager = eager_of(part.part.graph, program, kernel, alone, part.part.lowered.symbols)
+            subjects.setdefault(key := digest(alone.program), Subject(key, alone, kernel, None, eager))
+        for kernel, alone, key in part.originals():
+            subjects.setdefault(key, Subject(key, alone, kernel, None, uncompared="the kernel is not one of the captured depth"))
+    wanted = [subjects[key] for key in sorted(built)]
+    evidence = certify([_with_code(s, c, why) for s, (c, why) in zip(wanted, _code(wanted, built, target, jobs, store), strict=True)],
+                       target, jobs=jobs, progress=progress)  # fmt: skip
+    return Gathered(evidence.to_dict(), evidence.executed)
+
+
+def _with_code(subject: Subject, code: BuiltKernel | None, why: str) -> Subject:
+    return Subject(subject.digest, subject.isolated, subject.kernel, code, subject.eager, why, subject.uncompared)
+
+
+def _code(
+    subjects: list[Subject], built: Mapping[str, BuiltKernel], target: Target, jobs: int, store: Store
+) -> list[tuple[BuiltKernel | None, str]]:
+    """What to execute for each subject, or why nothing can be."""
+    if target.levels or target.probe().executes == "emulator":
+        return [(built[s.digest], "") for s in subjects]
+    other = next((t for t in all_targets() if t.probe().executes == "emulator"), None)
+    if other is None:
+        why = "the code of this target cannot be run here, and the emulator cannot either"
+        return [(None, why) for _ in subjects]
+    try:
+        found = {b.digest: b for b in build_kernels([(s.digest, s.isolated.program) for s in subjects], other, jobs, SILENT, store)}
+        return [(found[s.digest], "") for s in subjects]
+    except FlagtreeError:
+        return [_alone(s, other, store) for s in subjects]  # one of them does not fit that target
+
+
+def _alone(subject: Subject, other: Target, store: Store) -> tuple[BuiltKernel | None, str]:
+    try:
+        (found,) = build_kernels([(subject.digest, subject.isolated.program)], other, 1, SILENT, store)
+    except FlagtreeError as error:
+        return None, f"it does not build for the emulator: {error.what}{': ' if error.why else ''}{error.why}"
+    return found, ""

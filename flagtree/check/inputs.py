@@ -49,13 +49,13 @@ class Operand:
 # -- sizes -----------------------------------------------------------------------------------------------------------
 def sample_symbols(program: Program, rows: int = 3) -> list[dict[str, int]]:
     """Two settings of an isolated kernel's symbols, all within their ranges: the low ends, and one where the first size is `rows`
-    (made odd) and the others differ from it.  A size that no axis runs over (a cache's rows) is the largest."""
+    (made odd) and the others are 2 or the least above it.  A size that no axis runs over (a cache's rows) is the largest."""
     kernel = program.steps[0]
     assert isinstance(kernel, Kernel)
     walked = {n for axis in kernel.axes for n in axis.extent.names()}
     low = {s.name: _fitting(s, max(1, s.lo)) for s in program.symbols}
     first = next((s for s in program.symbols if s.name in walked), None)
-    odd = dict(low)
+    odd = {s.name: _fitting(s, max(2, s.lo)) for s in program.symbols}
     if first is not None:
         odd[first.name] = _fitting(first, max(low[first.name], rows | 1))
     largest = max((odd[n] for n in walked if n in odd), default=1)

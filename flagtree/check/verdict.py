@@ -50,7 +50,7 @@ def judge(dtype: str, ours: Tensor, own: Tensor, truth: Tensor, eager: Tensor | 
         faults.append(f"RMS error {mine.rms:.3g} against float64, {_whose(eager)}'s is {theirs.rms:.3g}, allowed {allowed:.3g}")
     near = EAGER_TIMES_OURS * max(mine.rms, accuracy(own, truth, dtype).rms) + EAGER_OF_MAGNITUDE * mine.magnitude
     if theirs.rms > near:
-        faults.append(f"eager's RMS distance from what the kernel's text means is {theirs.rms:.3g}, allowed {near:.3g}: its meaning is another")
+        faults.append(f"eager is {theirs.rms:.3g} (RMS) from what the kernel's text means, allowed {near:.3g}: its meaning is another")
     if places := unequal_places(ours, reference):
         faults.append(f"NaN or infinity at {places} places where {_whose(eager)} has another value")
     share, disagrees = _agreement(dtype, ours, own)
@@ -97,7 +97,8 @@ def _record(dtype: str, ours: Tensor, eager: Tensor | None, mine: Accuracy, thei
     }  # fmt: skip
     if eager is None:
         return record | {"rms_interpreter": _short(theirs.rms)}
-    return record | {"rms_eager": _short(theirs.rms), "equal_to_eager": _short(share_within(ours, eager, 0, dtype))}
+    apart = accuracy(ours, eager.to(torch.float64), dtype).rms
+    return record | {"rms_eager": _short(theirs.rms), "rms_to_eager": _short(apart), "equal_to_eager": _short(share_within(ours, eager, 0, dtype))}
 
 
 def _short(value: float) -> float:

@@ -89,8 +89,8 @@ class Body:
 
     # -- memory ------------------------------------------------------------------------------------------------------
     def load(self, tensor: Tensor, index: Sequence[Index], mask: Value | None = None, other: Number | None = None) -> Value:
-        if mask is not None and other is None:
-            other = 0.0 if DTYPES[tensor.dtype].is_float else False if tensor.dtype == "b1" else 0
+        if mask is not None:
+            other = _literal(other or 0, tensor.dtype)
         access = Access(tensor.name, tuple(index), mask.name if mask else None)
         self.ops.append(Load(name := self._name(), tensor.dtype, access, other))
         return Value(self, name, tensor.dtype)

@@ -39,7 +39,7 @@ def serve(bundle: str, digest: str, folder: Path, repository: Path) -> dict[str,
     """Run the consumer where nothing is in PATH, the compiler's name leads nowhere, and neither home nor store is ours."""
     environment = {
         "PATH": "", "FLAGTREE_CXX": "/nonexistent", "HOME": str(folder / "no home"), "FLAGTREE_CACHE_DIR": str(folder / "no store"),
-        "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "2", "LANG": "C.UTF-8",
+        "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1", "LANG": "C.UTF-8",
     }  # fmt: skip
     command = [sys.executable, str(Path(__file__).with_name("consumer.py")), bundle, digest, str(folder)]
     run = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=500)

@@ -19,8 +19,9 @@ def test_ulp_is_the_distance_to_the_next_number(name: str) -> None:
     assert torch.equal(ulp_of(x.double(), name), following.double() - x.double())
 
 
-@pytest.mark.parametrize(("name", "one", "smallest"), [("bf16", 2.0**-7, 2.0**-133), ("f16", 2.0**-10, 2.0**-24), ("f32", 2.0**-23, 2.0**-149)])
-def test_ulp_of_one_and_of_zero(name: str, one: float, smallest: float) -> None:
+@pytest.mark.parametrize(("name", "mantissa", "lowest"), [("bf16", 7, -133), ("f16", 10, -24), ("f32", 23, -149)])
+def test_ulp_of_one_and_of_zero(name: str, mantissa: int, lowest: int) -> None:
+    one, smallest = 2.0**-mantissa, 2.0**lowest
     assert ulp_of(torch.tensor([1.0, -1.5, 2.0, 0.0], dtype=torch.float64), name).tolist() == [one, one, 2 * one, smallest]
 
 
@@ -28,7 +29,7 @@ def test_ulp_of_one_and_of_zero(name: str, one: float, smallest: float) -> None:
 def test_correct_rounding_is_at_most_half_an_ulp(name: str) -> None:
     truth = torch.randn(5000, dtype=torch.float64)
     found = accuracy(truth.to(KINDS[name]), truth, name)
-    assert found.max_ulp <= 0.5
+    assert found.max_ulp <= 0.5001  # PyTorch rounds a double to f16 through f32
     assert found.mean_ulp == pytest.approx(0.25, abs=0.02) or name == "f64"
     assert found.rms == pytest.approx(float((truth.to(KINDS[name]).double() - truth).pow(2).mean().sqrt()))
 

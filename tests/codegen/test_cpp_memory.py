@@ -355,6 +355,18 @@ def test_threads_give_the_same_bits() -> None:
     assert torch.equal(flat, randn(100000) + randn(100000, seed=1))
 
 
+def test_half_floats_walked_in_pairs_give_every_element() -> None:
+    """bf16 only: even and odd elements in two vectors; with an f32 operand: plain."""
+    paired = pointwise("bf16")
+    plain = paired.replace("buffer b: bf16", "buffer b: f32").replace("v1: bf16 = load b[i0]", "w: f32 = load b[i0]\n    v1: bf16 = cast w")
+    assert "load_pair" in generate(parse_program(paired), "0" * 64)
+    assert "load_pair" not in generate(parse_program(plain), "0" * 64)
+    for size in (*range(66), 127, 128, 129):
+        a, b = randn(size, seed=1).bfloat16(), randn(size, seed=2).bfloat16()
+        got = check_exact(paired, {"a": a, "b": b}, {"n0": size}, shift=1)["y"]
+        assert same_bits(got, check_exact(plain, {"a": a, "b": b.float()}, {"n0": size})["y"])
+
+
 def test_source_is_header_free_and_names_its_digest() -> None:
     program = parse_program(ROTARY)
     source = generate(program, digest(program))

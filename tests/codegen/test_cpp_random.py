@@ -88,7 +88,7 @@ def inputs(text: str, dtype: str, n0: int, n1: int, seed: int) -> dict[str, torc
     return out
 
 
-OPTIONS = settings(max_examples=40, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+OPTIONS = settings(max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 
 
 @OPTIONS

@@ -101,6 +101,21 @@ def test_columns(combiner: str, dtype: str) -> None:
         check_close(column_kernel(combiner, dtype), {"x": x}, {"n0": rows, "n1": columns})
 
 
+def test_long_sums_stay_accurate() -> None:
+    """Positive terms, where a plain running sum drifts: partial sums per column are joined in blocks."""
+    x = torch.rand(4096, 70, generator=torch.Generator().manual_seed(0))
+    check_close(column_kernel("sum", "f32"), {"x": x}, {"n0": 4096, "n1": 70})
+    check_close(row_kernel("sum", "f32"), {"x": x.view(35, 8192)}, {"n0": 35, "n1": 8192})
+
+
+def test_softmax_of_a_row_too_long_for_the_stack() -> None:
+    text = softmax_kernel("f32").replace("..8192", "..500000")
+    assert "_row[" in generate(parse_program(softmax_kernel("f32")), "0" * 64)
+    assert "_row[" not in generate(parse_program(text), "0" * 64)
+    x = 5 * torch.randn(2, 50001, generator=torch.Generator().manual_seed(0))
+    check_close(text, {"x": x}, {"n0": 2, "n1": 50001})
+
+
 def test_transposed_input_reduces_along_its_contiguous_axis() -> None:
     x = torch.randn(50, 70, generator=torch.Generator().manual_seed(0)).t()
     check_close(column_kernel("sum", "f32", " strides(1, n0)"), {"x": x}, {"n0": 70, "n1": 50})
