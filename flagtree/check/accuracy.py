@@ -1,4 +1,4 @@
-"""How far a tensor is from the truth: errors in ULP, root-mean-square errors, equal bits, places of NaN and infinity.
+"""How far a tensor is from the truth: errors in ULP, root-mean-square errors, shares of equal elements, places of NaN and infinity.
 
 The truth is a float64 tensor of the same shape; nothing here decides whether a kernel is right (check/verdict.py does).
 Read by the certificate and by `verify`.
@@ -51,14 +51,6 @@ def accuracy(value: Tensor, truth: Tensor, dtype: str) -> Accuracy:
     error = (wide - right).abs()
     ulps = error / ulp_of(right, dtype)
     return Accuracy(float(ulps.max()), float(ulps.mean()), math.sqrt(float(error.square().mean())), float(right.abs().mean()))
-
-
-def same_bits(a: Tensor, b: Tensor) -> Tensor:
-    """Element by element: equal values with equal signs, or both NaN."""
-    if not a.dtype.is_floating_point:
-        return a == b
-    a, b = a.to(torch.float64), b.to(torch.float64)  # exact: every float of ours is a float64
-    return ((a == b) & (torch.signbit(a) == torch.signbit(b))) | (torch.isnan(a) & torch.isnan(b))
 
 
 def share_within(a: Tensor, b: Tensor, ulps: float, dtype: str) -> float:

@@ -98,7 +98,8 @@ def _record(dtype: str, ours: Tensor, eager: Tensor | None, mine: Accuracy, thei
     if eager is None:
         return record | {"rms_interpreter": _short(theirs.rms)}
     apart = accuracy(ours, eager.to(torch.float64), dtype).rms
-    return record | {"rms_eager": _short(theirs.rms), "rms_to_eager": _short(apart), "equal_to_eager": _short(share_within(ours, eager, 0, dtype))}
+    equal = share_within(ours, eager, 0, dtype)
+    return record | {"rms_eager": _short(theirs.rms), "rms_to_eager": _short(apart), "equal_to_eager": _short(equal)}
 
 
 def _short(value: float) -> float:

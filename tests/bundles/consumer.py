@@ -30,10 +30,10 @@ def no_process(event: str, arguments: tuple[object, ...]) -> None:
 sys.meta_path.insert(0, NoCompiler())  # type: ignore[arg-type]
 sys.addaudithook(no_process)
 
-import safetensors.torch  # noqa: E402
-import torch  # noqa: E402
+import safetensors.torch
+import torch
 
-import flagtree  # noqa: E402
+import flagtree
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 

@@ -6,7 +6,6 @@ The measure is the project's "Equal to eager": error against float64 at most fou
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -16,9 +15,9 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from tests.bundles import reference
 
 from flagtree.compile import compile_model
+from tests.bundles import reference
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LENGTHS = ((1,), (33,), (19, 1, 7))

@@ -56,7 +56,7 @@ def test_kernels_that_changed_places_stop_the_bundle(spec: ModelSpec) -> None:
     target = replace(find_target("cpu"), levels=levels()[:1])
     parts, built = generated(spec, target)
     isolated = {d: alone.program for alone, d in parts["decode"].kernels.values()}
-    victim = next(d for d, p in isolated.items() if any("exp" == getattr(op, "op", "") for op in p.steps[0].body))  # type: ignore[union-attr]
+    victim = next(d for d, p in isolated.items() if any(getattr(op, "op", "") == "exp" for op in p.steps[0].body))  # type: ignore[union-attr]
     body = isolated[victim].steps[0].body  # type: ignore[union-attr]
     changed = tuple(replace(op, op="exp2") if getattr(op, "op", "") == "exp" else op for op in body)
     wrong = isolated[victim].with_(steps=(replace(isolated[victim].steps[0], body=changed),))

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tests.main_job.conftest import SMALL, content
 
 from flagtree.check.report import BundleReport, PartReport
 from flagtree.compile import compile_model, folder_name
 from flagtree.errors import BundleError, CaptureError, UnknownName
+from tests.main_job.conftest import SMALL, content
 
 
 def part_of(bundle: BundleReport, name: str) -> PartReport:

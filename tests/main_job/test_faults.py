@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from tests.main_job.conftest import Ended, Place, content
 
 SMALL_JOB = ("--target", "cpu", "--target", "cuda:sm90", "-j", "2")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tests.main_job.conftest import TARGETS, Ended, Place, content
 
 PREFILL_BYTES, DECODE_BYTES = 3024e6, 395.5e6  # a layer, batch 1: 2048 tokens, and one token at context 2048

