@@ -68,7 +68,7 @@ def conditions() -> str:
     load = os.getloadavg()[0]
     return "\n".join([
         f"* {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC, commit {commit}{' with changes' if changed else ''}",
-        f"* {os.cpu_count()} cores, {model}; load average at the start {load:.1f} (other work shares the machine: CPU seconds, not wall, compare)",
+        f"* {os.cpu_count()} cores, {model}; load average at the start {load:.1f}; where it is above 0 other work shared the machine",
         f"* Python {platform.python_version()}, {', '.join(f'{n} {v}' for n, v in versions.items())}",
     ])  # fmt: skip
 
@@ -85,12 +85,16 @@ def main_job() -> str:
         lines.append([
             target, f"{cold.cpu:.1f}", f"{cold.wall:.1f}", f"{warm.cpu:.2f}", f"{warm.wall:.2f}", f"{cold.memory:.0f}",
             cold.bundle["kernels"], ", ".join(cold.bundle["tiers"]),
-            *(f"{parts[n]['launches_per_layer']}; {parts[n]['bytes_before_per_layer'] / 1e6:.1f} to {parts[n]['bytes_after_per_layer'] / 1e6:.1f}"
-              for n in ("prefill", "decode")),
+            *(layer(parts[name]) for name in ("prefill", "decode")),
         ])  # fmt: skip
     header = ("target", "cold, CPU s", "cold, wall s", "warm, CPU s", "warm, wall s", "memory, MB", "kernels", "tier",
               "a prefill layer: launches; MB before and after", "a decode layer")  # fmt: skip
     return rows(header, lines)
+
+
+def layer(part: dict[str, Any]) -> str:
+    """Launches and bytes of one decoder layer."""
+    return f"{part['launches_per_layer']}; {part['bytes_before_per_layer'] / 1e6:.1f} to {part['bytes_after_per_layer'] / 1e6:.1f}"
 
 
 def depth() -> str:
@@ -100,9 +104,10 @@ def depth() -> str:
         with tempfile.TemporaryDirectory() as home:
             cold = compile_in(Path(home), "--target", "cpu", "--layers", str(layers))
             size = sum(p.stat().st_size for p in Path(cold.bundle["path"]).glob("launch/*.json"))
-        totals = [part["launches_total"] + part["totals"]["calls_extern"] for part in cold.bundle["parts"]]
-        lines.append([layers, f"{cold.cpu:.1f}", f"{cold.memory:.0f}", cold.bundle["kernels"], " and ".join(map(str, totals)), f"{size / 1e3:.0f}"])
-    return rows(("layers", "cold, CPU s", "memory, MB", "distinct kernels", "launches of a prefill and a decode", "launch lists, kB"), lines)
+        calls = " and ".join(str(part["launches_total"] + part["totals"]["calls_extern"]) for part in cold.bundle["parts"])
+        lines.append([layers, f"{cold.cpu:.1f}", f"{cold.memory:.0f}", cold.bundle["kernels"], calls, f"{size / 1e3:.0f}"])
+    header = ("layers", "cold, CPU s", "memory, MB", "distinct kernels", "launches of a prefill and a decode", "launch lists, kB")
+    return rows(header, lines)
 
 
 TABLES = {"main_job": ("The main job: `flagtree compile qwen3 --target T`, Qwen3-8B at full size", main_job),

@@ -189,7 +189,7 @@ def _replace_tensors(model: torch.nn.Module) -> None:
 
 def _arguments(spec: ModelSpec, part: str, bounds: Bounds, layers: int, element: torch.dtype) -> tuple[tuple, tuple]:
     """Fake arguments of `_Part.forward` and their dynamic dimensions."""
-    limits = {name: value for name in _EXAMPLE if (value := getattr(bounds, name))}
+    limits = {name: _traced(value) for name in _EXAMPLE if (value := getattr(bounds, name))}
     sizes = {name: max(low, min(_EXAMPLE[name], high)) for name, (low, high) in limits.items()}
     dim = {name: torch.export.Dim(name, min=low, max=high) if low < high else None for name, (low, high) in limits.items()}
     batch, tokens, context = sizes["batch"], sizes.get("sequence", 1), sizes["context"]
@@ -206,6 +206,12 @@ def _arguments(spec: ModelSpec, part: str, bounds: Bounds, layers: int, element:
     cached = [{0: dim["batch"], 2: dim["context"]}] * layers
     ids = {0: dim["batch"], 1: dim["sequence"]} if "sequence" in dim else rows
     return arguments, (ids, rows, None if last is None else rows, cached, cached)
+
+
+def _traced(limits: tuple[int, int]) -> tuple[int, int]:
+    """The bounds that are traced: export treats 1 apart, so a size of 1 to 2 would be the number 2 to it."""
+    low, high = limits
+    return (low, max(high, 3)) if low < high else limits
 
 
 def _argument_names(part: str, layers: int) -> list[str]:
@@ -322,10 +328,10 @@ def _sizes(
         if limits[0] == limits[1]:
             continue
         symbol = str(size.node.expr) if isinstance(size, torch.SymInt) else None
-        if symbol is None or ranges.get(symbol) != tuple(limits):
+        if symbol is None or ranges.get(symbol) != _traced(tuple(limits)):
             got = f"the fixed size {size}" if symbol is None else f"{symbol} in {ranges.get(symbol)}"
             raise CaptureError(f"the {name} size was specialised by the model's code", where=where, why=f"{got} where {limits} is promised")
-        dims[name] = symbol
+        dims[name], ranges[symbol] = symbol, tuple(limits)
     if extra := set(ranges) - set(dims.values()):
         raise CaptureError("the model has sizes that depend on data", where=where, why=f"symbols {', '.join(sorted(extra))}")
     return dims, ranges

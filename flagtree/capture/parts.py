@@ -57,10 +57,14 @@ def capture_part(spec: ModelSpec, part: str, dtype: str | None = None) -> Captur
     roles = {p.qualified: p.role for p in captured.placeholders}
     named = {symbol: name for name, symbol in captured.dims.items()}
     lowered = _promised(lower(normal.graph, captured.name, roles, symbols=named), captured)
-    limits = {name: captured.ranges[symbol][1] for name, symbol in captured.dims.items()}
-    reference = {name: min(size, limits[name]) for name, size in REFERENCE[part].items() if name in limits}
-    before = count_traffic(captured, **{"batch": 1, "context": 1, **{k: min(v, limits.get(k, 1)) for k, v in REFERENCE[part].items()}})
-    return CapturedPart(captured, normal.graph, lowered, before, reference)
+    sizes = {name: _within(size, getattr(spec.bounds(part), name)) for name, size in REFERENCE[part].items()}
+    sizes |= {"sequence": min(sizes.get("sequence", 1), sizes["context"])}
+    reference = {name: size for name, size in sizes.items() if name in captured.dims}
+    return CapturedPart(captured, normal.graph, lowered, count_traffic(captured, **sizes), reference)
+
+
+def _within(size: int, bounds: tuple[int, int]) -> int:
+    return min(max(size, bounds[0]), bounds[1])
 
 
 def _promised(lowered: Lowered, captured: CapturedModel) -> Lowered:

@@ -16,7 +16,7 @@ from flagtree.codegen.cpp_index import operand_text
 from flagtree.codegen.cpp_layout import Layout, layout
 from flagtree.codegen.cpp_prelude import prelude
 from flagtree.codegen.cpp_sweeps import PARTIALS, RowWriter
-from flagtree.codegen.flat import flatten
+from flagtree.ir.flat import flatten
 from flagtree.ir.index import ONE, Index
 from flagtree.ir.program import Program, Store
 from flagtree.ir.text import print_program

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from flagtree.codegen import cpp_ops as ops
 from flagtree.codegen.cpp_index import index_text
 from flagtree.codegen.cpp_layout import Layout
-from flagtree.codegen.flat import operands
 from flagtree.errors import CodegenError
 from flagtree.ir.dtypes import DTYPES
+from flagtree.ir.flat import operands
 from flagtree.ir.index import ONE, Index
 from flagtree.ir.ops import OPS
 from flagtree.ir.program import Arg, BodyOp, Compute, IndexValue, Load, Scalar, Scan, Store

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from flagtree.codegen import cpp_ops as ops
 from flagtree.codegen.cpp_layout import Layout
-from flagtree.codegen.flat import operands, results
+from flagtree.ir.flat import operands, results
 from flagtree.ir.program import BodyOp, Compute, IndexValue, Load, Reduce, Scan, Store
 
 WORTH = 14           # cost, in vector instructions, from which a store and a load are cheaper

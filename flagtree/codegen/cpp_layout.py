@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from flagtree.codegen.flat import FlatKernel, operands, results
 from flagtree.errors import CodegenError
 from flagtree.ir.dtypes import DTYPES
+from flagtree.ir.flat import FlatKernel, operands, results
 from flagtree.ir.index import ONE
 from flagtree.ir.program import Axis, BodyOp, Compute, IndexValue, Load, Reduce, Scan, Store
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from flagtree.codegen.cpp_layout import Layout
-from flagtree.codegen.flat import operands
 from flagtree.codegen.segments import Segment
+from flagtree.ir.flat import operands
 from flagtree.ir.index import ONE
 from flagtree.ir.program import IndexValue, Load, Scan, Store
 

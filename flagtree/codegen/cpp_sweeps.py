@@ -15,13 +15,14 @@ from flagtree.codegen.cpp_index import index_text, is_multiple
 from flagtree.codegen.cpp_keep import Sweep, row_size, sweeps
 from flagtree.codegen.cpp_layout import Layout
 from flagtree.codegen.cpp_pair import is_paired
-from flagtree.codegen.flat import operands, results
 from flagtree.codegen.segments import Segment, segments
 from flagtree.errors import CodegenError
+from flagtree.ir.flat import operands, results
 from flagtree.ir.index import Index
 from flagtree.ir.program import BodyOp, Reduce, Scan, Store
 
 PARTIALS = 32
+ROW_BLOCK = 4096  # elements of a long row after which its partial states are joined; a multiple of PARTIALS
 BLOCK = 256  # points of a reduce axis that one partial sum of a column takes
 COLUMNS = 4  # vectors of columns reduced side by side: whole cache lines, and sums that do not wait for one another
 
@@ -108,15 +109,38 @@ class RowWriter:
         lo, hi, extent = self._text(piece.lo), self._text(piece.hi), piece.hi - piece.lo
         lines = [*self._step(lane, writer, self._state_name(sweep) if reducing else ""), f"i64 at = {lo};", f"const i64 end = {hi};"]
         width = "2 * W" if paired else "W"
-        if extent.constant is None or extent.constant >= (PARTIALS if reducing else 2):
-            if reducing:
-                call = f"step(at + k * {width}, {width}, {_parts(f'part{sweep}', paired)});"
-                lines += block("for (; at + PARTIALS <= end; at += PARTIALS)", _each_part(call, paired))
-            else:
+        tail = not is_multiple(extent, PARTIALS, self.multiples)
+        if not reducing:
+            if extent.constant is None or extent.constant >= 2:
                 lines.append(f"for (; at + {width} <= end; at += {width}) step(at, {width});")
-        if not is_multiple(extent, PARTIALS, self.multiples):
-            lines += self._tail(sweep, reducing, paired)
-        return block("", lines)
+            return block("", [*lines, *(["if (at < end) step(at, (int)(end - at));"] if tail else [])])
+        highest = self.layout.kernel.bounds.maximum(extent)
+        if highest is not None and highest <= 2 * ROW_BLOCK:
+            return block("", [*lines, *self._accumulated(f"part{sweep}", sweep, "end", width, tail)])
+        return block("", [*lines, *self._row_blocks(sweep, width, tail, [op for op in work.body if isinstance(op, Reduce)])])
+
+    def _accumulated(self, part: str, sweep: int, end: str, width: str, tail: bool) -> list[str]:
+        """Elements from `at` to `end` into the states `part`."""
+        paired = width != "W"
+        call = f"step(at + k * {width}, {width}, {_parts(part, paired)});"
+        lines = block(f"for (; at + PARTIALS <= {end}; at += PARTIALS)", _each_part(call, paired))
+        if not tail:
+            return lines
+        # a copy, so that only the copy needs an address: the partial states of the loop above stay in registers
+        copy = [f"{self._state_name(sweep)} rest[PARTS];", *_each_part(f"rest[k] = {part}[k];")]
+        count = f"(int)({end} - at < {width} ? {end} - at : {width})"
+        call = f"for (int k = 0; at < {end}; ++k, at += {width}) step(at, {count}, {_parts('rest', paired)});"
+        return [*lines, *block(f"if (at < {end})", [*copy, call, *_each_part(f"{part}[k] = rest[k];")])]
+
+    def _row_blocks(self, sweep: int, width: str, tail: bool, reduces: list[Reduce]) -> list[str]:
+        """A long row in blocks of ROW_BLOCK elements whose states are joined: its sum stays as accurate as a short one's."""
+        join = " ".join(f"part{sweep}[k].{m} = combine(part{sweep}[k].{m}, some[k].{m});" for m in map(_member, reduces))
+        # every reduction of the sweep is in every piece: `_live` drops none
+        return block("while (at < end)", [
+            f"const i64 stop = end - at > {ROW_BLOCK} ? at + {ROW_BLOCK} : end;",
+            f"{self._state_name(sweep)} some[PARTS];", *_each_part(f"some[k] = {self._start(reduces)};"),
+            *self._accumulated("some", sweep, "stop", width, tail), *_each_part(f"{{ {join} }}"),
+        ])  # fmt: skip
 
     def _step(self, lane: str, writer: BodyWriter, state: str) -> list[str]:
         """The lambda that a loop over lanes calls for `n` elements from `lane` on."""
@@ -140,16 +164,6 @@ class RowWriter:
     def _place(self, value: str, paired: bool) -> str:
         """Where a vector of a kept value stands in its row."""
         return f"{value}_row + {self._lane_name}{' + half * W' if paired else ''}"
-
-    def _tail(self, sweep: int, reducing: bool, paired: bool) -> list[str]:
-        width = "2 * W" if paired else "W"
-        if not reducing:
-            return ["if (at < end) step(at, (int)(end - at));"]
-        # a copy, so that only the copy needs an address: the partial states of the loop above stay in registers
-        copy = [f"{self._state_name(sweep)} rest[PARTS];", *_each_part(f"rest[k] = part{sweep}[k];")]
-        count = f"(int)(end - at < {width} ? end - at : {width})"
-        call = f"for (int k = 0; at < end; ++k, at += {width}) step(at, {count}, {_parts('rest', paired)});"
-        return block("if (at < end)", [*copy, call, *_each_part(f"part{sweep}[k] = rest[k];")])
 
     # -- the lane axis is parallel -----------------------------------------------------------------------------------
     def _block(self, piece: Segment, done: set[str], paired: bool) -> list[str]:

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from flagtree.codegen.flat import FlatKernel, map_indices, operands, results
+from flagtree.ir.flat import FlatKernel, map_indices, operands, results
 from flagtree.ir.index import ZERO, Bounds, Index, Quotient, Remainder, floordiv, remainder
 from flagtree.ir.program import Arg, BodyOp, Compute, IndexValue, Load, Reduce, Scan, Store
 

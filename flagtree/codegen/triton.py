@@ -13,14 +13,13 @@ from pathlib import Path
 
 import jinja2
 
-from flagtree.codegen.flat import FlatKernel, flatten
 from flagtree.codegen.triton_body import BodyWriter
 from flagtree.codegen.triton_index import INT32_MAX, IndexText
 from flagtree.codegen.triton_ops import POINTERS, Speller
 from flagtree.codegen.triton_phases import phases
-from flagtree.codegen.triton_schedule import default_schedule
 from flagtree.codegen.triton_tile import Tile, TiledAxis
 from flagtree.errors import CodegenError
+from flagtree.ir.flat import FlatKernel, flatten
 from flagtree.ir.index import ONE, Index
 from flagtree.ir.program import Kernel, Program, Schedule, Symbol
 from flagtree.ir.text import print_program
@@ -62,7 +61,9 @@ def generate(program: Program, digest: str, target: Target) -> TritonSource:
         raise CodegenError("cannot generate code for this program", where=program.name, why="it is not one isolated kernel")
     function = f"ft_{digest[:16]}"
     try:
-        schedule = kernel.schedule or default_schedule(program, target)
+        schedule = kernel.schedule
+        if schedule is None:
+            raise CodegenError("the kernel has no schedule", hint="the pass `schedule` gives it one")
         _check_target(program, schedule, target)
         flat = flatten(program.with_(steps=(replace(kernel, schedule=schedule),)))
         return _write(program, kernel, flat, flat.schedule or schedule, function, schedule.warps * target.warp)

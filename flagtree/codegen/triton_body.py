@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 
-from flagtree.codegen.flat import operands
 from flagtree.codegen.triton_index import IndexText, fits32
 from flagtree.codegen.triton_ops import TYPES, Combination, Speller, bare, cast, combination, literal, working_type
 from flagtree.codegen.triton_phases import Phase
 from flagtree.codegen.triton_tile import Shape, Tile, TiledAxis
 from flagtree.errors import CodegenError
 from flagtree.ir.dtypes import DTYPES
+from flagtree.ir.flat import operands
 from flagtree.ir.index import Index
 from flagtree.ir.program import Access, BodyOp, IndexValue, Load, Reduce, Scan, Store
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from flagtree.codegen.flat import operands, results
 from flagtree.codegen.triton_tile import Tile
 from flagtree.errors import CodegenError
+from flagtree.ir.flat import operands, results
 from flagtree.ir.program import BodyOp, Load, Reduce, Scan, Store
 
 

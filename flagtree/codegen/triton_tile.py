@@ -10,8 +10,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from flagtree.codegen.flat import FlatKernel, map_indices, operands
 from flagtree.errors import CodegenError
+from flagtree.ir.flat import FlatKernel, map_indices, operands
 from flagtree.ir.index import ONE, ZERO, Index, floordiv
 from flagtree.ir.program import BodyOp, Reduce, Scan, Schedule, Store, Symbol
 

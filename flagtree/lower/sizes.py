@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.utils._sympy.functions import Max, Min
+from torch.utils._sympy.functions import FloorDiv, Max, Min
 
 from flagtree.ir.index import Index, Quotient, from_sympy
 from flagtree.ir.program import Symbol
@@ -99,6 +99,9 @@ def _equalities(shape_env: Any) -> tuple[dict[Any, Any], dict[str, int]]:
         for a, b in (expr.args, expr.args[::-1]):
             if type(a).__name__ in ("Mod", "PythonMod") and b == 0 and a.args[0].is_Symbol and a.args[1].is_Integer:
                 multiples[a.args[0].name] = int(a.args[1])
+            elif isinstance(a, FloorDiv) and b.is_Integer:
+                out[a] = b  # n // (n // 2): torch infers a size so and guards on its value
+                break
             if a.is_Symbol and not b.has(a):
                 out = {k: v.xreplace({a: b}) for k, v in out.items()} | {a: b}
                 break

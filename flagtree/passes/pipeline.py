@@ -80,7 +80,8 @@ def parse_pipeline(text: str) -> tuple[Pass, ...]:
     passes, known = [], known_passes()
     found = re.findall(_SPEC, text.strip())
     if re.sub(_SPEC, "", text.strip()).strip():
-        raise FlagtreeError(f"cannot read the pipeline '{text}'", hint="passes are separated by commas: canonicalize, fuse_pointwise{max_ops=64}")
+        hint = "passes are separated by commas: canonicalize, fuse_pointwise{max_ops=64}"
+        raise FlagtreeError(f"cannot read the pipeline '{text}'", hint=hint)
     for name, options in found:
         if name not in known:
             raise UnknownName("pass", name, known)

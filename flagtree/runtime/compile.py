@@ -165,7 +165,7 @@ class Callee:
     """A compiled graph over its placeholders, in order.  Returns a tuple as the graph does."""
 
     def __init__(self, module: fx.GraphModule, launch: dict, library: bytes, results: list, constants: dict[str, torch.Tensor]) -> None:
-        self.eager = module.forward
+        self.eager, self.launch = module.forward, launch
         self.executable = Executable(launch, cpu.load_library(library) if library else None, constants)
         self.call = self.executable.call
         self.states = [i for i, b in enumerate(self.executable.inputs) if b.role == "state"]

@@ -24,6 +24,8 @@ def uncarried(node: fx.Node) -> str | None:
     """Why a program cannot hold this call, None where it can."""
     if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() not in _INLINED:
         return f"control flow, {node.target.name()}"
+    if "batch_norm_legit" in str(node.target) and _known(node.all_input_nodes[0]).dtype in (torch.bfloat16, torch.float16):
+        return "torch declares float32 statistics and returns half ones"
     if node.target is operator.getitem and isinstance(node.args[0], fx.Node) and isinstance(_known(node.args[0]), tuple):
         return uncarried(node.args[0])  # what a call returns in parts stays beside it
     if any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values())) and node.target in ("view", torch.ops.aten.view.dtype):

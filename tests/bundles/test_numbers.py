@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,15 @@ def build_and_serve(config: dict[str, Any], dtype: str, folder: Path, repository
     logits = safetensors.torch.load_file(folder / "logits.safetensors")
     (folder / "weights.safetensors").unlink()
     return Served(logits, eager, truth, names, told)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small tensors: a second thread would only wait, and on a busy machine for long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])

@@ -14,6 +14,7 @@ from flagtree.check.eager import NoEager
 from flagtree.ir.canonical import digest, isolate
 from flagtree.ir.program import Kernel, Origin
 from flagtree.ir.text import parse_program
+from flagtree.passes.tiling import scheduled
 from flagtree.runtime.cpu import levels
 from flagtree.targets import find_target
 from flagtree.toolchain import cxx, emulator
@@ -158,7 +159,8 @@ def build(key: str, program: object, target_name: str) -> BuiltKernel:
     if target.levels:
         target = replace(target, levels=levels())
     alone = isolate(program, program.steps[0])  # type: ignore[attr-defined]
-    (built,) = toolchain_of(target).build([(key, alone.program)], target, 1)  # type: ignore[call-arg]
+    program = scheduled(alone.program, target) if target.warp > 1 else alone.program
+    (built,) = toolchain_of(target).build([(key, program)], target, 1)  # type: ignore[call-arg]
     return built
 
 

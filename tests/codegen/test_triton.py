@@ -12,15 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from flagtree.codegen.triton import TritonSource, generate, helper_functions, with_callees
-from flagtree.codegen.triton_schedule import default_schedule
+from flagtree.codegen.triton import TritonSource, helper_functions, with_callees
 from flagtree.errors import CodegenError, ToolchainError
 from flagtree.ir.parse import parse_program
 from flagtree.ir.program import Kernel, Schedule
+from flagtree.passes.tiling import default_schedule
 from flagtree.toolchain import maca
 from flagtree.toolchain.emulator import execute_built, missing
 from flagtree.toolchain.triton_aot import Workers, workers
 from tests.codegen.triton_kernels import METAX, NUMERICS, SM80, SM90, TEXTS, buffers, isolated, keyed, reference
+from tests.scheduled import generate
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "triton"
 GOLDEN_NAMES = ("residual", "rotary", "silu_mul", "softmax", "layernorm", "cross_entropy", "argmax", "scatter_add")

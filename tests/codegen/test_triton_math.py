@@ -13,9 +13,9 @@ import torch
 
 from flagtree.ir.canonical import digest, isolate
 from flagtree.ir.parse import parse_program
-from flagtree.toolchain import maca
 from flagtree.toolchain.emulator import execute_built, missing
 from tests.codegen.triton_kernels import METAX
+from tests.scheduled import build_maca
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "the emulator runs")
 
@@ -63,7 +63,7 @@ def _execute(unary: dict[str, int], binary: dict[str, int], inputs: list[torch.T
     parsed = parse_program(_program(unary, binary, n))
     alone = isolate(parsed, parsed.steps[0])  # type: ignore[arg-type]
     tensors = {f"x{k}": t for k, t in enumerate(inputs)} | {f"y_{op}": torch.zeros(n) for op in (*unary, *binary)}
-    built = maca.build([(digest(alone.program), alone.program)], METAX)[0]
+    built = build_maca([(digest(alone.program), alone.program)], METAX)[0]
     execute_built(built, "generic", [tensors[name] for name in alone.buffers], [], orders=("forward",))
     return {op: tensors[f"y_{op}"] for op in (*unary, *binary)}
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flagtree.toolchain import maca
 from flagtree.toolchain.base import BuiltKernel
 from flagtree.toolchain.emulator import execute_built, missing
 from tests.codegen.triton_kernels import METAX, TEXTS, assert_close, buffers, isolated, keyed, reference
+from tests.scheduled import build_maca
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or "the emulator runs")
 
@@ -29,7 +29,7 @@ SIZES = {
 
 @pytest.fixture(scope="module")
 def built() -> dict[str, BuiltKernel]:
-    return dict(zip(TEXTS, maca.build([keyed(n) for n in TEXTS], METAX, jobs=2), strict=True))
+    return dict(zip(TEXTS, build_maca([keyed(n) for n in TEXTS], METAX, jobs=2), strict=True))
 
 
 @pytest.mark.parametrize(("name", "size"), [(n, s) for n in TEXTS for s in SIZES.get(n, [(1, 1), (2, 3)])])

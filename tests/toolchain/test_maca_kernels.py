@@ -13,16 +13,16 @@ import pytest
 import torch
 from _pytest.mark.structures import ParameterSet
 
-from flagtree.codegen.triton import generate
 from flagtree.errors import FlagtreeError
 from flagtree.ir import interp
 from flagtree.ir.canonical import Isolated, digest, isolate
 from flagtree.ir.program import Kernel
 from flagtree.ir.text import parse_program
 from flagtree.targets import find_target
-from flagtree.toolchain import emulator, emulator_session, maca, triton_aot
+from flagtree.toolchain import emulator, emulator_session, maca
 from flagtree.toolchain.base import BuiltKernel
 from flagtree.toolchain.triton_aot import Workers, workers
+from tests.scheduled import build_for_emulation, build_maca, build_triton, generate
 from tests.toolchain.maca_programs import CASES, Case, Tensors
 
 pytestmark = pytest.mark.skipif(bool(emulator.missing()), reason=emulator.missing())
@@ -46,7 +46,7 @@ def isolated(name: str, dtype: str) -> Isolated:
 @pytest.fixture(scope="module")
 def built() -> dict[tuple[str, str], BuiltKernel]:
     parts = {key: isolated(*key).program for key in KEYS}
-    return dict(zip(KEYS, maca.build([(digest(p), p) for p in parts.values()], find_target("metax"), 2), strict=True))
+    return dict(zip(KEYS, build_maca([(digest(p), p) for p in parts.values()], find_target("metax"), 2), strict=True))
 
 
 def execute(kernel: BuiltKernel, part: Isolated, variant: str, given: Tensors, size: tuple[int, ...]) -> Tensors:
@@ -125,7 +125,7 @@ def test_what_a_build_says(built: dict[tuple[str, str], BuiltKernel]) -> None:
 def test_bytes_do_not_depend_on_the_jobs(built: dict[tuple[str, str], BuiltKernel]) -> None:
     keys = [("rms_norm", "bf16"), ("argmax", "f32"), ("softmax", "bf16")]
     parts = [isolated(*key).program for key in keys]
-    again = maca.build([(digest(p), p) for p in parts], find_target("metax"), 1)
+    again = build_maca([(digest(p), p) for p in parts], find_target("metax"), 1)
     assert [k.files for k in again] == [built[key].files for key in keys]
     assert [k.launch for k in again] == [built[key].launch for key in keys]
 
@@ -135,8 +135,8 @@ def test_other_targets_run_their_own_ttir() -> None:
     keys = [("rms_norm", "bf16"), ("softmax", "f32")]
     parts = [(digest(isolated(*key).program), isolated(*key).program) for key in keys]
     for target in (find_target("cuda:sm80"), find_target("rocm:gfx942")):
-        shipped = triton_aot.build(parts, target, 2)
-        emulated = maca.build_for_emulation(parts, target, 2)
+        shipped = build_triton(parts, target, 2)
+        emulated = build_for_emulation(parts, target, 2)
         for (name, dtype), ours, theirs in zip(keys, emulated, shipped, strict=True):
             for variant in ("aligned", "generic"):
                 assert ours.files[f"{variant}.ttir"] == theirs.files[f"{variant}.ttir"]

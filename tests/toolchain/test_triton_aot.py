@@ -13,15 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from flagtree.codegen.triton import TritonSource, generate
+from flagtree.codegen.triton import TritonSource
 from flagtree.errors import ToolchainError
 from flagtree.settings import settings
 from flagtree.targets import find_target, stock_triton
 from flagtree.targets.base import Target
 from flagtree.toolchain import triton_aot
 from flagtree.toolchain.base import BuiltKernel
-from flagtree.toolchain.triton_aot import STAGES, Compiled, Workers, build, check_limits, workers
+from flagtree.toolchain.triton_aot import STAGES, Compiled, Workers, check_limits, workers
 from tests.codegen.triton_kernels import GFX942, SM80, SM90, TEXTS, keyed
+from tests.scheduled import build_triton as build
+from tests.scheduled import generate
 
 pytestmark = pytest.mark.skipif(bool(stock_triton.problem()), reason=stock_triton.problem() or "Triton is here")
 

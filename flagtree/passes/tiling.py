@@ -1,16 +1,16 @@
 """The default schedule of a kernel on a target with warps: lane axis, tiles, loops, warps.
 
 Invariant: a pure function of the kernel's text and the target's facts, never of a measurement or of a batch size.
-Place in the flow: the schedule pass calls `default_schedule`; codegen/triton.py does for a kernel that has none.
+Place in the flow: the pass `schedule` asks it for every kernel of a target with warps.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from flagtree.codegen.flat import FlatKernel, flatten
 from flagtree.errors import CodegenError
 from flagtree.ir.dtypes import DTYPES
+from flagtree.ir.flat import FlatKernel, flatten
 from flagtree.ir.index import Bounds, Index
 from flagtree.ir.program import Axis, Kernel, Program, Schedule
 from flagtree.targets.base import Target
@@ -21,6 +21,14 @@ COLUMNS = 128  # lanes of a column reduction: 256 bytes of bf16, a whole number 
 SHORT_ROW = 1024  # a row of run-time length up to this is one masked tile rather than a loop
 PER_THREAD = 8
 FEW_ROWS = 4  # a constant axis shorter than this would leave an instance too small
+
+
+def scheduled(program: Program, target: Target) -> Program:
+    """A one-kernel program with the kernel's schedule in place; one that has a schedule is left as it is."""
+    kernel = program.steps[0]
+    if not isinstance(kernel, Kernel) or kernel.schedule is not None:
+        return program
+    return program.with_(steps=(replace(kernel, schedule=default_schedule(program, target)),))
 
 
 def default_schedule(program: Program, target: Target) -> Schedule:

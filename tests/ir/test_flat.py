@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from flagtree.codegen.flat import FlatKernel, flatten
 from flagtree.codegen.segments import breakpoints, segments
 from flagtree.errors import CodegenError
+from flagtree.ir.flat import FlatKernel, flatten
 from flagtree.ir.index import parse_index
 from flagtree.ir.program import Load, Reduce, Store
 from flagtree.ir.text import parse_program, print_op
