@@ -38,10 +38,10 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def parse_json(data: bytes, what: str) -> object:
-    """JSON from a hostile file.  BundleError when it is too large, too deep, not UTF-8, repeats a key or holds NaN."""
+def parse_json(data: bytes, what: str, where: str = "") -> object:
+    """JSON from a hostile file below `where`.  BundleError when it is too large, too deep, not UTF-8, repeats a key or holds NaN."""
     if len(data) > MAX_JSON:
-        raise BundleError(f"{what} is too large", why=f"{len(data)} bytes, the limit is {MAX_JSON}")
+        raise BundleError(f"{what} is too large", where=where, why=f"{len(data)} bytes, the limit is {MAX_JSON}")
 
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         out = dict(pairs)
@@ -57,7 +57,7 @@ def parse_json(data: bytes, what: str) -> object:
         _check_depth(value)
     except (ValueError, RecursionError) as e:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         why = f"not the JSON that flagtree writes: {e or 'too deep'}"
-        raise BundleError(f"{what} cannot be read", why=why, hint="build it again, or copy it again") from None
+        raise BundleError(f"{what} cannot be read", where=where, why=why, hint="build it again, or copy it again") from None
     return value
 
 

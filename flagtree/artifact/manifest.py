@@ -70,7 +70,7 @@ class Manifest(_Record):
 
 def read_manifest(data: bytes, where: str = "") -> Manifest:
     """The validated manifest.  BundleError: unreadable, another format, a field wrong."""
-    record = parse_json(data, "manifest.json")
+    record = parse_json(data, "manifest.json", where)
     found = record.get("format") if isinstance(record, dict) else None
     if isinstance(found, int) and found != FORMAT:
         newer = found > FORMAT

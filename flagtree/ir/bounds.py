@@ -10,6 +10,8 @@ from collections.abc import Mapping
 
 from flagtree.ir.expression import ZERO, Atom, Index, Quotient, Remainder, floordiv, remainder, split_multiple
 
+MOST_CASES = 8  # remainders that a proof looks at one by one
+
 
 class Bounds:
     """Inclusive ranges of names: symbols have integer ends, axes run from 0 to extent - 1 (an Index over symbols)."""
@@ -33,7 +35,26 @@ class Bounds:
     def nonnegative(self, value: Index) -> bool:
         """Proved: value >= 0 for every assignment in range.  False means not proved."""
         low = value.constant if value.constant is not None else self.minimum(value)
-        return low is not None and low >= 0
+        if low is not None and low >= 0:
+            return True
+        outer = self._eliminate_axes(value)  # first, as an axis ends where its extent, in symbols, says
+        cases = [] if outer is None else self._divided(outer)
+        return bool(cases) and all(bounds.nonnegative(case) for case, bounds in cases)
+
+    def _divided(self, value: Index) -> list[tuple[Index, Bounds]]:
+        """Cases by remainder: a symbol n of some (n + a) // d is d*q + r - a for each r below d, so that divisions by d cancel.
+        Empty when there is no such division by a small d.  Each case only widens what the symbol may be, so what is proved holds."""
+        for atom in (a for m, _ in value.terms for a in m if isinstance(a, Quotient)):
+            d = atom.den.constant
+            if d is None or not 1 < d <= MOST_CASES:
+                continue
+            for name in sorted(atom.num.names() & self.symbols.keys()):
+                rest = (atom.num - name).constant
+                if rest is not None:
+                    q, (lo, hi) = f"%q{len(self.limits)}", self.symbols[name]
+                    inside = self.narrowed({q: ((lo + rest) // d, (hi + rest) // d)})
+                    return [(value.substitute({name: d * Index.of(q) + r - rest}), inside) for r in range(d)]
+        return []
 
     def equal(self, a: Index, b: Index) -> bool:
         return a == b or self.simplify(a - b) == ZERO

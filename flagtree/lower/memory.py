@@ -70,9 +70,10 @@ def _arange(lowering: Lowering, call: Call) -> None:
 
 
 def _cat(lowering: Lowering, call: Call) -> None:
-    tensors = [t for t in call.tensors(0) if not (len(t.shape) == 1 and t.shape[0].constant == 0)]
     out, dim = call.out(), call.argument(1, "dim") or 0
     dim %= max(len(out.shape), 1)
+    # ATen skips 1-d tensors without elements whatever the others' rank
+    tensors = [t for t in call.tensors(0) if len(t.shape) == len(out.shape) and t.shape[dim].constant != 0]
     body = Body(out.shape)
     position = body.index(body.point[dim])
     start, result = ZERO, None

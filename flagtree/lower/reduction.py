@@ -279,12 +279,12 @@ def _cumsum(lowering: Lowering, call: Call) -> None:
     x, out = call.tensor(0), call.out()
     if not x.shape:
         raise NotLowered("cumsum of a scalar")
-    rows = Rows.over(x, [call.argument(1, "dim")])
+    dim = call.argument(1, "dim") % len(x.shape)
+    rows = Rows.over(x, [] if x.shape[dim].constant == 1 else [dim])
     # ATen's CPU accumulator: double for float, float for the half types
     value = rows.load({"f32": "f64"}.get(out.dtype, compute_type(out.dtype)))
-    if not rows.reduced or rows.reduced[0].name is None:
-        raise NotLowered("cumsum along a dimension of size 1")
-    rows.body.store(out, rows.index, rows.body.scan("sum", value, rows.reduced[0]))
+    total = rows.body.scan("sum", value, rows.reduced[0]) if rows.reduced else value
+    rows.body.store(out, rows.index, total)
     call.emit(rows.body)
 
 

@@ -99,9 +99,8 @@ def _equalities(shape_env: Any) -> tuple[dict[Any, Any], dict[str, int]]:
         for a, b in (expr.args, expr.args[::-1]):
             if type(a).__name__ in ("Mod", "PythonMod") and b == 0 and a.args[0].is_Symbol and a.args[1].is_Integer:
                 multiples[a.args[0].name] = int(a.args[1])
-            elif isinstance(a, FloorDiv) and b.is_Integer:
-                out[a] = b  # n // (n // 2): torch infers a size so and guards on its value
-                break
+            elif b.is_Mul and b.args[0].is_Integer:  # n == 2 * (n // 2): torch infers the size 2 of view(-1, 2) as n // (n // 2)
+                out[FloorDiv(a, b / b.args[0])] = b.args[0]
             if a.is_Symbol and not b.has(a):
                 out = {k: v.xreplace({a: b}) for k, v in out.items()} | {a: b}
                 break

@@ -142,6 +142,14 @@ def test_tiers_are_the_highest_that_this_machine_reaches(first: Built) -> None:
             assert all("mcfatbin" in why or "SDK" in why for why in missing)
 
 
+def test_every_kernel_was_executed_once_and_says_how(first: Built) -> None:
+    for bundle in first.bundles:
+        assert set(bundle["executed"].values()) == {bundle["kernels"]}  # on a CPU at each level that it has
+        native = [how for how in bundle["executed"] if how.startswith("native")]
+        assert bool(native) == (bundle["target"] == "cpu"), bundle["executed"]
+        assert (Path(bundle["path"]) / "certificate.json").is_file()
+
+
 def test_registers_and_shared_memory_where_the_toolchain_tells(first: Built) -> None:
     cuda = next(bundle for bundle in first.bundles if bundle["target"] == "cuda:sm90")
     rows = [row for part in cuda["parts"] for row in part["kernels"]]

@@ -51,7 +51,9 @@ def compare(want: Any, have: Any, exact: Any, where: str) -> None:
     if not isinstance(want, torch.Tensor):
         assert type(want) is type(have) and (want == have or want != want), f"{where}: {have!r} instead of {want!r}"
         return
-    assert want.dtype == have.dtype and want.shape == have.shape, f"{where}: {have.dtype} {tuple(have.shape)}, not {want.dtype} {tuple(want.shape)}"
+    assert want.dtype == have.dtype and want.shape == have.shape, (
+        f"{where}: {have.dtype} {tuple(have.shape)}, not {want.dtype} {tuple(want.shape)}"
+    )
     assert visible(want) == visible(have), f"{where}: strides {have.stride()} instead of {want.stride()} of {tuple(want.shape)}"
     if want.is_complex():
         want, have, exact = (torch.view_as_real(t.detach().resolve_conj()) for t in (want, have, exact))

@@ -70,7 +70,10 @@ def block(name: str, dtype: torch.dtype) -> tuple[Callable[..., Any], tuple[torc
         "embedding, cross-entropy": lambda: (Classifier().to(dtype), (labels, labels.flip(0))),
         "RMSNorm, residual": lambda: (residual_norm, (rand(3, 5, 64), rand(3, 5, 64), rand(64))),
         "GroupNorm": lambda: (nn.GroupNorm(2, 8).eval().to(dtype), (rand(2, 8, 5, 5),)),
-        "losses": lambda: (lambda x, y: (F.mse_loss(x, y), F.l1_loss(x, y), F.huber_loss(x, y), F.normalize(x)), (rand(3, 40), rand(3, 40))),
+        "losses": lambda: (
+            lambda x, y: (F.mse_loss(x, y), F.l1_loss(x, y), F.huber_loss(x, y), F.normalize(x)),
+            (rand(3, 40), rand(3, 40)),
+        ),
     }
     return blocks[name]()
 
@@ -172,7 +175,9 @@ def language_model() -> tuple[nn.Module, Callable[[nn.Module], torch.Tensor]]:
 
 def convolution_in_training() -> tuple[nn.Module, Callable[[nn.Module], torch.Tensor]]:
     image = torch.randn(2, 3, 8, 8)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 5))
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 5)
+    )
     return model, lambda m: F.cross_entropy(m(image.to(_dtype(m))), torch.tensor([1, 2]))
 
 

@@ -116,7 +116,7 @@ def test_cold_without_a_cxx_compiler_names_what_was_looked_for(tmp_path: Path) -
 def test_damaged_entry_is_compiled_again(tmp_path: Path) -> None:
     cache = tmp_path / "store"
     assert _python(SIZES.replace("ORDER", "(4, 8)"), cache).stdout == "right\n"
-    damaged = [p for p in cache.rglob("kernels.so")]
+    damaged = list(cache.rglob("kernels.so"))
     assert damaged
     for path in damaged:
         path.chmod(0o600)
