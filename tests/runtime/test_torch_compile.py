@@ -556,7 +556,8 @@ def test_equals_eager(name: str) -> None:
 
 DYNAMIC = (
     "reductions", "views", "moves", "cat, stack, pad", "index and gather", "creation", "no elements", "one element", "transposed", "cond",
-    "in place through views", "in place on a temporary", "overlapping operands, written", "sizes from data", "cache", "numbers out", "operands returned",
+    "in place through views", "in place on a temporary", "overlapping operands, written", "sizes from data", "cache", "numbers out",
+    "operands returned",
 )  # fmt: skip
 
 

@@ -79,7 +79,8 @@ def block(name: str, dtype: torch.dtype) -> tuple[Callable[..., Any], tuple[torc
 
 
 BLOCKS = (
-    "LayerNorm, GELU MLP", "attention", "convolution", "convolution, channels_last", "embedding, cross-entropy", "RMSNorm, residual", "GroupNorm", "losses",
+    "LayerNorm, GELU MLP", "attention", "convolution", "convolution, channels_last", "embedding, cross-entropy", "RMSNorm, residual",
+    "GroupNorm", "losses",
 )  # fmt: skip
 
 
