@@ -7,6 +7,7 @@ First step of `capture/model_spec.py`; imports neither torch nor transformers.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,8 +69,8 @@ def _read_json(path: Path, text: str) -> SpecFile:
 def _read_yaml(path: Path, text: str) -> SpecFile:
     try:
         _check_events(path, text)
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
+        root = yaml.compose(text, Loader=_Loader)
+        data = yaml.load(text, Loader=_Loader)  # a SafeLoader
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise CaptureError("the model description is not YAML", where=f"{path}{line}", why=error.problem or str(error)) from error
@@ -82,10 +83,17 @@ def _read_yaml(path: Path, text: str) -> SpecFile:
     return SpecFile(path, data, lines)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers: `1e-06`, which YAML 1.1 takes for text."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+\Z"), list("-+0123456789"))
+
+
 def _check_events(path: Path, text: str) -> None:
     """Refuse what could blow up later: references to anchors (exponential expansion) and deep nesting (recursion)."""
     depth = 0
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+    for event in yaml.parse(text, Loader=_Loader):
         if isinstance(event, yaml.AliasEvent):
             raise CaptureError("anchors are not allowed in a model description", where=f"{path}:{_line(event)}")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)

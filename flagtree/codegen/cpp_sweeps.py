@@ -357,7 +357,8 @@ def _type(op: Reduce) -> str:
         raise CodegenError(f"cannot generate C++ for the combiner '{op.combiner}'")
     kinds = dict.fromkeys((f"{ops.register(d)}v" for d in _accumulators(op)), None) if not op.combiner.startswith("arg") else \
         [f"{ops.register(d)}v" for d in _accumulators(op)]  # fmt: skip
-    return f"{op.combiner}_state<{', '.join(kinds)}>"
+    combiner = op.combiner if op.dtypes[0] != "b1" else {"min": "all", "max": "any"}.get(op.combiner, op.combiner)  # a true mask is -1
+    return f"{combiner}_state<{', '.join(kinds)}>"
 
 
 def _start(op: Reduce) -> str:

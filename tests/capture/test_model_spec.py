@@ -236,3 +236,12 @@ print([m for m in ("torch", "transformers", "numpy") if m in sys.modules])
 def test_a_spec_round_trips_through_json() -> None:
     spec = load_spec("qwen3")
     assert ModelSpec.model_validate_json(spec.model_dump_json()) == spec
+
+
+def test_a_number_with_an_exponent_is_a_number(tmp_path: Path) -> None:
+    """YAML 1.1 reads `1e-06`, as every config.json writes it, as text; a description means the number."""
+    text = (models_folder() / "qwen3-8b.yaml").read_text("utf-8")
+    assert "rms_norm_eps: 1.0e-6" in text
+    path = tmp_path / "own.yaml"
+    path.write_text(text.replace("rms_norm_eps: 1.0e-6", "rms_norm_eps: 1e-06"), "utf-8")
+    assert load_spec(path).config["rms_norm_eps"] == 1e-6

@@ -52,7 +52,7 @@ def test_rows_of_integers(combiner: str, dtype: str) -> None:
         check_exact(row_kernel(combiner, dtype), {"x": values(dtype, 2 * size, 3).view(2, size)}, {"n0": 2, "n1": size})
 
 
-@pytest.mark.parametrize("combiner", ["any", "all"])
+@pytest.mark.parametrize("combiner", ["any", "all", "min", "max"])
 def test_rows_of_bools(combiner: str) -> None:
     for size in (1, 16, 17, 100):
         for share in (0.0, 0.02, 0.98, 1.0):
