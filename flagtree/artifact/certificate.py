@@ -44,4 +44,4 @@ def decode(data: bytes, digest: str) -> Certificate:
 
 
 def _refused(what: str, why: str) -> BundleError:
-    return BundleError(what, where="certificate.json", why=why, hint="write it again: flagtree verify BUNDLE")
+    return BundleError(what, where="certificate.json", why=why, hint="copy the bundle again, or build it again")

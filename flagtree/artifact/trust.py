@@ -42,5 +42,5 @@ def check_trust(digest: str, trust: str | None, *, where: str = "", store: Store
             "the bundle is not trusted, and running it runs its machine code",
             where=where,
             why=f"digest {digest} was not built by this machine's store",
-            hint=f"if you trust where it comes from: --trust {digest}",
+            hint=f"if you trust where it comes from: flagtree.load(path, trust='{digest}')",
         )

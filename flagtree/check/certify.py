@@ -201,7 +201,7 @@ def _sizes(subject: Subject, symbols: Mapping[str, int]) -> str:
 
 
 def _wrong(subject: Subject, why: str, place: str = "") -> WrongKernel:
-    hint = "the kernel's text: flagtree inspect; the pass that made it: flagtree bisect"
+    hint = "FLAGTREE_DEBUG=4 keeps the kernel's text; FLAGTREE_FUEL=N stops after N rewrites: halve N until the wrong one is found"
     return WrongKernel("a generated kernel is wrong", where=f"{subject.where}{'; ' + place if place else ''}", why=why, hint=hint)
 
 

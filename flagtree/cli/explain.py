@@ -102,7 +102,7 @@ def _trust(bundle: Bundle) -> Iterator[str]:
     if is_built_here(bundle.digest):
         yield "trusted: this machine's store built it"
     else:
-        yield f"not trusted here; if you trust where it comes from: --trust {bundle.digest}"
+        yield f"not trusted here; if you trust where it comes from: flagtree.load(path, trust='{bundle.digest}')"
 
 
 def _certificate(bundle: Bundle) -> Iterator[str]:
@@ -119,8 +119,11 @@ def _nested(value: Mapping[str, Any], depth: int) -> Iterator[str]:
         if isinstance(inner, Mapping):
             yield f"{'  ' * depth}{name}"
             yield from _nested(inner, depth + 1)
+        elif isinstance(inner, list) and any(isinstance(entry, Mapping) for entry in inner):
+            for number, entry in enumerate(inner, 1):
+                yield from _nested({f"{name} {number}": entry}, depth)
         else:
-            yield f"{'  ' * depth}{name}: {inner}"
+            yield f"{'  ' * depth}{name}: {', '.join(map(str, inner)) if isinstance(inner, list) else inner}"
 
 
 EVIDENCE: Mapping[str, Callable[[Bundle], Iterator[str]]] = {

@@ -71,7 +71,6 @@ def _kernels(rows: Sequence[KernelRow]) -> Table:
     told = [heading for heading in ("regs", "shared") if any(_told(row)[heading] is not None for row in rows)]
     table = grid(("kernel", "left"), ("fused ops", "left"), ("tier", "whole"), ("runs", "right"), ("before", "right"), ("after", "right"),
                  *((heading, "right") for heading in told))
-    table.columns[1].min_width = 20
     for row in rows:
         table.add_row(Text(row.name), Text(short_ops(row.ops)), row.tier, str(row.launches), size(row.bytes_before), size(row.bytes_after),
                       *(_told(row)[heading] or "-" for heading in told))

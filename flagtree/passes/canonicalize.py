@@ -14,7 +14,7 @@ from flagtree.ir.index import ZERO, Bounds, Index, flatten, remainder, unflatten
 from flagtree.ir.program import Access, BodyOp, Buffer, Compute, Extern, IndexValue, Kernel, Load, Program, Reduce, Repeat, Scan, Store
 from flagtree.passes.base import Fuel, Report
 from flagtree.passes.common_kernels import join_equal_kernels
-from flagtree.passes.rewrite import bounds, defined, dtypes_of, map_kernels, prune, rename, renumber
+from flagtree.passes.rewrite import bounds, defined, dtypes_of, map_kernels, prune, rename, renumber, used
 from flagtree.targets.base import Target
 
 
@@ -228,7 +228,7 @@ def _complementary_loads(body: tuple[BodyOp, ...], extents: dict[str, Index]) ->
     for low in loads:
         for high in loads:
             found = _rotation(low, high, ops, extents)
-            if found is None:
+            if found is None or not _halves_only(body, low, high, ops):
                 continue
             joined = replace(low, access=Access(low.access.buffer, found), other=None)
             names = {high.name: low.name}
@@ -282,6 +282,25 @@ def _rotation(low: Load, high: Load, ops: dict[str, BodyOp], extents: dict[str, 
     index = list(low.access.index)
     index[k] = remainder(i + (extent - cut), extent)
     return tuple(index)
+
+
+def _halves_only(body: tuple[BodyOp, ...], low: Load, high: Load, ops: dict[str, BodyOp]) -> bool:
+    """Is each load's value asked for under its own mask only?  What depends on it must end in a select between the halves."""
+    cut = _threshold(ops[low.access.mask or ""], "lt", ops)
+    for load, own in ((low, 1), (high, 2)):  # the operand of `where i < c` that holds this half
+        tainted = {load.name}
+        for op in body:
+            if tainted.isdisjoint(used(op)):
+                continue
+            if not isinstance(op, Compute):
+                return False
+            allowed = 0
+            if op.op == "where" and isinstance(op.args[0], str):
+                below, above = (_threshold(ops[op.args[0]], sign, ops) == cut for sign in ("lt", "ge"))
+                allowed = own if below else 3 - own if above else 0
+            if any(a in tainted for k, a in enumerate(op.args) if k != allowed or not allowed):
+                tainted.add(op.name)
+    return True
 
 
 def _threshold(mask: BodyOp, op: str, ops: dict[str, BodyOp]) -> tuple[str, Index] | None:

@@ -45,7 +45,11 @@ class FusionWalk:
         """Buffers that `a` hands to `b` and that something else needs too."""
         step = self.steps[a]
         flowing = [n for n in step.writes if n in self.steps[b].reads]
-        return frozenset(n for n in flowing if n in self.escaping or self.readers.get(n, set()) - {b})
+        return frozenset(n for n in flowing if n in self.escaping or self._readers_after(a, n) - {b})
+
+    def _readers_after(self, a: int, name: str) -> set[int]:
+        """Steps behind `a` that read the buffer; those before it read what another step wrote."""
+        return {k for k in self.readers.get(name, ()) if self.place[k] > self.place[a]}
 
     def _place(self, a: int, b: int) -> int | None:
         """A place where the joined kernel may stand: the consumer's, or the producer's."""
@@ -68,7 +72,7 @@ class FusionWalk:
         if not self.fuel.take():
             return False
         legal, place = verdict
-        self._join(a, b, merge(producer, consumer, legal, frozenset(legal.flowing) - kept), place)
+        self._join(a, b, merge(producer, consumer, legal, (frozenset(legal.flowing) - kept) | legal.overwritten), place)
         self.report.matched.append(f"{producer.name} + {consumer.name}")
         self.report.rewrites += 1
         return True
@@ -118,10 +122,10 @@ class FusionWalk:
         """A cast or a negation read by several kernels is recomputed by each: it reads no more than it wrote."""
         producer = self.steps[a]
         assert isinstance(producer, Kernel)
-        readers = [k for n in producer.writes for k in self.readers.get(n, ())]
-        if len(set(readers)) < 2 or not self._is_cheap(producer):
+        readers = {k for n in producer.writes for k in self._readers_after(a, n)}
+        if len(readers) < 2 or not self._is_cheap(producer):
             return
-        for b in sorted(set(readers), key=self.place.__getitem__):
+        for b in sorted(readers, key=self.place.__getitem__):
             consumer = self.steps[b]
             if not isinstance(consumer, Kernel) or any(self._writes_between(n, a, b) for n in (*producer.reads, *producer.writes)):
                 continue
@@ -135,7 +139,16 @@ class FusionWalk:
             self.before[b] |= self.before[a]
             for x in self.before[a]:
                 self.after[x].add(b)
+            self._keep_before_writers(a, b)
             self.report.rewrites += 1
+
+    def _keep_before_writers(self, a: int, b: int) -> None:
+        """`b` reads what `a` reads now, so it stands before whoever writes that next."""
+        read = set(map(self.program.root, self.steps[a].reads))
+        for x in self.after[a] - {b}:
+            if self.place[x] > self.place[b] and not read.isdisjoint(map(self.program.root, self.steps[x].writes)):
+                self.after[b].add(x)
+                self.before[x].add(b)
 
     def _writes_between(self, name: str, a: int, b: int) -> bool:
         root = self.program.root(name)

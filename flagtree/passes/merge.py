@@ -20,16 +20,22 @@ from flagtree.passes.rewrite import EXPENSIVE, defined, free_axes, rename, renum
 @dataclass(frozen=True, slots=True)
 class Legal:
     """`axes`: producer axis -> index over the consumer's axes (none: inlined wherever read); `added`: producer axes that become
-    axes of their own; `reduced`: consumer axes that become reduce axes; `flowing`: the buffers handed over."""
+    axes of their own; `reduced`: consumer axes that become reduce axes; `flowing`: the buffers handed over;
+    `overwritten`: those that the consumer stores whole again, so that the producer's store is dead."""
 
     axes: Mapping[str, Index] | None
     added: tuple[Axis, ...]
     reduced: frozenset[str]
     flowing: tuple[str, ...]
+    overwritten: frozenset[str] = frozenset()
 
 
 def can_merge(program: Program, a: Kernel, b: Kernel, kept: frozenset[str]) -> Legal | Refused:
-    """May producer `a` be computed inside consumer `b`?  `kept` are flowing buffers whose store must stay."""
+    """May producer `a` be computed inside consumer `b`?  `kept` are flowing buffers whose store must stay.
+
+    A buffer that both write (x.add_(1); x.mul_(2)) must be stored whole by both: the first store is dead then.  That no step
+    between the two reads it is the caller's to know: such a step depends on `a` and `b` depends on it.
+    """
     flowing = tuple(n for n in a.writes if n in b.reads)
     if not flowing:
         return _refused(a, b, "nothing flows between them")
@@ -37,18 +43,25 @@ def can_merge(program: Program, a: Kernel, b: Kernel, kept: frozenset[str]) -> L
         return _refused(a, b, "an access through a view that has no index form")
     if (a.numerics.rounding, a.numerics.fp_contract) != (b.numerics.rounding, b.numerics.fp_contract):
         return _refused(a, b, "numerics policies differ")
-    if twice := sorted(set(a.writes) & set(b.writes)):
-        return _refused(a, b, f"'{twice[0]}' is written by both")
-    for name in flowing:
-        if (why := _store_refusal(program, a, name)) is not None:
-            return _refused(a, b, why)
+    overwritten = frozenset(a.writes) & frozenset(b.writes)
+    for kernel, names in ((a, flowing), (a, sorted(overwritten)), (b, sorted(overwritten))):
+        for name in names:
+            if (why := _store_refusal(program, kernel, name)) is not None:
+                return _refused(a, b, f"{why} and written by both" if name in overwritten else why)
+    legal = _legal(a, b, flowing, overwritten, kept - overwritten)
+    return replace(legal, overwritten=overwritten) if isinstance(legal, Legal) else legal
+
+
+def _legal(a: Kernel, b: Kernel, flowing: tuple[str, ...], overwritten: frozenset[str], kept: frozenset[str]) -> Legal | Refused:
+    """The verdict on domains and hazards, for stores that are whole."""
+    needed = bool(kept or set(a.writes) - set(flowing) - overwritten)  # the producer stores what the consumer does not take over
     base = _base_mapping(a, b, flowing)
     if base is None:
         if again := sorted(set(a.reads) & set(b.writes)):
             return _refused(a, b, f"'{again[0]}' would be read at moved points while it is written")
-        return _inline(a, b, flowing, kept)
-    legal = _complete(a, b, base, flowing, kept)
-    if isinstance(legal, Legal) and (why := _hazard(a, b, legal)) is not None:
+        return _inline(a, b, flowing, needed)
+    legal = _complete(a, b, base, flowing, needed)
+    if isinstance(legal, Legal) and (why := _hazard(a, b, legal, overwritten)) is not None:
         return _refused(a, b, why)
     return legal
 
@@ -112,11 +125,11 @@ def _base_mapping(a: Kernel, b: Kernel, flowing: tuple[str, ...]) -> dict[str, I
     return result
 
 
-def _inline(a: Kernel, b: Kernel, flowing: tuple[str, ...], kept: frozenset[str]) -> Legal | Refused:
+def _inline(a: Kernel, b: Kernel, flowing: tuple[str, ...], needed: bool) -> Legal | Refused:
     """Every read is at a moved point: only a pointwise producer that disappears may be copied there."""
     if any(isinstance(op, (Reduce, Scan)) for op in a.body):
         return _refused(a, b, "a reduction is read at another point")
-    if kept or set(a.writes) - set(flowing):
+    if needed:
         return _refused(a, b, "read at another point, and the value is needed elsewhere too")
     if _is_expensive(a) and _grows(a, b):
         return _refused(a, b, "would repeat an expensive computation")
@@ -140,7 +153,7 @@ def _grows(a: Kernel, b: Kernel) -> bool:
     return size[1] > size[0] or any(names[1].count(n) > names[0].count(n) for n in names[1])
 
 
-def _complete(a: Kernel, b: Kernel, base: dict[str, Index], flowing: tuple[str, ...], kept: frozenset[str]) -> Legal | Refused:
+def _complete(a: Kernel, b: Kernel, base: dict[str, Index], flowing: tuple[str, ...], needed: bool) -> Legal | Refused:
     """Match the producer's remaining axes with free axes of the consumer of the same extent, else add them."""
     taken = {g.name for g in base.values() if g.name}
     free = [x for x in b.axes if x.name not in taken and x.extent.constant != 1]
@@ -166,7 +179,7 @@ def _complete(a: Kernel, b: Kernel, base: dict[str, Index], flowing: tuple[str, 
             added.append(Axis(fresh, axis.extent, axis.kind))
             axes[axis.name] = Index.of(fresh)
     legal = Legal(axes, tuple(added), frozenset(reduced), flowing)
-    why = _domain_refusal(a, b, legal, [x for x in free if x.kind == "parallel"], free, kept)
+    why = _domain_refusal(a, b, legal, [x for x in free if x.kind == "parallel"], free, needed)
     return legal if why is None else _refused(a, b, why)
 
 
@@ -180,16 +193,18 @@ def _shared_positions(a: Kernel, b: Kernel) -> set[tuple[str, str]]:
     return out
 
 
-def _domain_refusal(a: Kernel, b: Kernel, legal: Legal, parallel_left: list[Axis], left: list[Axis], kept: frozenset[str]) -> str | None:
+def _domain_refusal(a: Kernel, b: Kernel, legal: Legal, parallel_left: list[Axis], left: list[Axis], needed: bool) -> str | None:
     reduces = [op for op in a.body if isinstance(op, (Reduce, Scan))]
     if parallel_left and reduces:
         return "would repeat the reduction for every " + " and ".join(x.name for x in parallel_left)
-    if parallel_left and (kept or set(a.writes) - set(legal.flowing)):
+    if parallel_left and needed:
         return "would repeat a store that is needed elsewhere"
     if left and _is_expensive(a) and not reduces:
         return "would repeat an expensive computation"
     if legal.added and any(x.kind == "parallel" for x in legal.added):
         return "the producer has axes that the consumer lacks"
+    if any(legal.axes[x.name].name is None for x in a.axes if x.kind == "reduce"):  # type: ignore[index]
+        return "the reduction runs over an axis that the consumer lacks"
     sets = {frozenset(legal.axes[x].name for x in op.axes) for op in a.body if isinstance(op, Reduce)}  # type: ignore[index]
     sets |= {frozenset(op.axes) for op in b.body if isinstance(op, Reduce)}
     scans = {legal.axes[op.axis].name for op in a.body if isinstance(op, Scan)} | {op.axis for op in b.body if isinstance(op, Scan)}  # type: ignore[index]
@@ -204,17 +219,24 @@ def _domain_refusal(a: Kernel, b: Kernel, legal: Legal, parallel_left: list[Axis
     return None
 
 
-def _hazard(a: Kernel, b: Kernel, legal: Legal) -> str | None:
+def _hazard(a: Kernel, b: Kernel, legal: Legal, overwritten: frozenset[str]) -> str | None:
     """A buffer both read and written by the joined kernel must be touched at one index only."""
     assert legal.axes is not None
     stored: dict[str, set[tuple[Index, ...]]] = {}
     loaded: dict[str, set[tuple[Index, ...]]] = {}
-    for kernel, axes in ((a, legal.axes), (b, {})):
-        for op in kernel.body:
-            if isinstance(op, (Load, Store)) and not (isinstance(op, Load) and kernel is b and op.access.buffer in legal.flowing):
-                where = tuple(i.substitute(axes) for i in op.access.index)
-                (stored if isinstance(op, Store) else loaded).setdefault(op.access.buffer, set()).add(where)
-    for name in stored.keys() & loaded.keys():
+    points: list[Mapping[str, Index]] = [legal.axes]
+    points += [{**legal.axes, **_mapping(a, load)} for load in b.loads if load.access.buffer in legal.flowing]
+    values = [n for op in a.body for n in defined(op)]  # both kernels have a v0, and a copy at another point has its own
+    points = [{**p, **{n: Index.of(f"a{points.index(p)}.{n}") for n in values}} for p in points]
+    for op in a.body:
+        if isinstance(op, Load):
+            loaded.setdefault(op.access.buffer, set()).update(tuple(i.substitute(p) for i in op.access.index) for p in points)
+        elif isinstance(op, Store) and op.access.buffer not in overwritten:
+            stored.setdefault(op.access.buffer, set()).add(tuple(i.substitute(points[0]) for i in op.access.index))
+    for op in b.body:
+        if isinstance(op, Store) or (isinstance(op, Load) and op.access.buffer not in legal.flowing):
+            (stored if isinstance(op, Store) else loaded).setdefault(op.access.buffer, set()).add(op.access.index)
+    for name in sorted(stored.keys() & loaded.keys()):
         if len(stored[name] | loaded[name]) > 1:
             return f"'{name}' would be read and written at different elements"
     return None

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from flagtree.ir.program import Access, Extern, Kernel, Load, Operand, Program, Ref, Step, Store
+from flagtree.ir.program import Access, BodyOp, Extern, Kernel, Load, Operand, Program, Ref, Step, Store, Template
 from flagtree.passes.base import Fuel, Refused, Report
 from flagtree.targets.base import Target
 
@@ -38,7 +38,7 @@ class Reinplace:
             if pair is None or program.buffer(pair[0]).role != "state" or program.buffer(pair[1]).role != "temp":
                 continue
             state, temp = pair
-            first = next((k for k, s in enumerate(program.steps[:back]) if temp in s.writes), None)
+            first = next((k for k, s in enumerate(program.steps[:back]) if temp in map(program.root, s.writes)), None)
             why = _refusal(program, state, temp, first, back)
             if why is not None:
                 report.refused.append(Refused((program.steps[back].name,), why))
@@ -60,31 +60,36 @@ def copied(program: Program, step: Step) -> tuple[str, str] | None:
     plain = a.alias_of is None and b.alias_of is None and a.shape == b.shape and a.dtype == b.dtype and a.layout == b.layout
     same = load.access.index == store.access.index and load.access.mask is None and store.access.mask is None
     names = [i.name for i, n in zip(store.access.index, a.shape, strict=True) if n.constant != 1]
-    whole = len(set(names)) == len(names) and set(names) <= {x.name for x in step.axes}
+    extents = {x.name: x.extent for x in step.axes}
+    whole = len(set(names)) == len(names) and all(
+        extents.get(i.name or "") == n for i, n in zip(store.access.index, a.shape, strict=True) if n.constant != 1
+    )
     return (a.name, b.name) if plain and same and whole else None
 
 
 def _refusal(program: Program, state: str, temp: str, first: int | None, back: int) -> str | None:
-    if first is None or (copied(program, program.steps[first]) != (temp, state) and not _changes_copy(program.steps[first], state, temp)):
+    start = None if first is None else program.steps[first]
+    if start is None or (copied(program, start) != (temp, state) and not _changes_copy(program, start, state, temp)):
         return f"'{temp}' does not start as a copy of '{state}'"
     if temp in {program.root(n) for n in program.outputs}:
         return f"'{temp}' is also an output"
     for k, step in enumerate(program.steps):
         touched = {program.root(n) for n in (*step.reads, *step.writes)}
-        if first < k < back and state in touched:
+        if first is not None and first < k < back and state in touched:
             return f"'{state}' is used by '{step.name}' while its copy changes"
         if k > back and temp in {program.root(n) for n in step.writes}:
             return f"'{temp}' is written again after the copy back"
-        if k > back and temp in touched and any(state in map(program.root, s.writes) for s in program.steps[back + 1 : k]):
+        if k > back and temp in touched and any(state in map(program.root, s.writes) for s in program.steps[back + 1 : k + 1]):
             return f"'{temp}' is read after '{state}' has changed"
     return None
 
 
-def _changes_copy(step: Step, state: str, temp: str) -> bool:
+def _changes_copy(program: Program, step: Step, state: str, temp: str) -> bool:
     """An extern that returns a changed copy of the state and has a twin that changes it in place."""
     if not isinstance(step, Extern) or step.callee not in IN_PLACE or step.outputs != (temp,) or step.args[0] != Ref(state):
         return False
-    return step.reads.count(state) == 1 and not step.mutates
+    others = replace(step, args=step.args[1:]).reads  # the state again, or a view of it, would change while it is read
+    return state not in map(program.root, others) and not step.mutates
 
 
 def _rewritten(program: Program, state: str, temp: str, first: int | None, back: int) -> Program:
@@ -106,13 +111,21 @@ def _rewritten(program: Program, state: str, temp: str, first: int | None, back:
 
 def renamed(step: Step, names: Mapping[str, str]) -> Step:
     """The step with buffers renamed."""
+
+    def access(a: Access) -> Access:
+        return replace(a, buffer=names[a.buffer]) if a.buffer in names else a
+
+    def body(ops: tuple[BodyOp, ...]) -> tuple[BodyOp, ...]:
+        return tuple(replace(op, access=access(op.access)) if isinstance(op, (Load, Store)) else op for op in ops)
+
+    def buffers(all_: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(names.get(n, n) for n in all_)
+
     if isinstance(step, Kernel):
-
-        def access(a: Access) -> Access:
-            return replace(a, buffer=names[a.buffer]) if a.buffer in names else a
-
-        body = tuple(replace(op, access=access(op.access)) if isinstance(op, (Load, Store)) else op for op in step.body)
-        return replace(step, body=body)
+        return replace(step, body=body(step.body))
+    if isinstance(step, Template):
+        step = replace(step, operands=buffers(step.operands), outputs=buffers(step.outputs))
+        return replace(step, prologue=body(step.prologue), epilogue=body(step.epilogue))
     if isinstance(step, Extern):
 
         def operand(x: Operand) -> Operand:
@@ -125,6 +138,8 @@ def renamed(step: Step, names: Mapping[str, str]) -> Step:
             args=tuple(operand(x) for x in step.args),
             kwargs=tuple((k, operand(x)) for k, x in step.kwargs),
             outputs=tuple(names.get(n, n) if n is not None else None for n in step.outputs),
-            mutates=tuple(names.get(n, n) for n in step.mutates),
+            mutates=buffers(step.mutates),
         )
-    return step
+    formals = {f for f, _ in step.bindings}
+    inner = {k: v for k, v in names.items() if k not in formals}
+    return replace(step, body=tuple(renamed(s, inner) for s in step.body), bindings=tuple((f, buffers(a)) for f, a in step.bindings))

@@ -44,7 +44,7 @@ def probe() -> Reach:
     if why:
         return Reach("source", missing=f"ttir and llir: {why}", how=stock_triton.INSTALL)
     executes = "emulator" if sys.platform == "linux" and platform.machine() == "x86_64" else ""
-    how = "run `flagtree finalize BUNDLE` on a machine with MetaX's SDK, MACA_PATH set"
+    how = "the bundle is ready for MetaX's SDK; the command that will run it, `flagtree finalize`, is not built yet"
     return Reach("llir", missing=f"{MISSING}; {_sdk_state()}", how=how, executes=executes)
 
 

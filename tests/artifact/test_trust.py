@@ -19,7 +19,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def test_nobody_vouched(store: Store) -> None:
-    with pytest.raises(UntrustedBundle, match=f"--trust {DIGEST}") as caught:
+    with pytest.raises(UntrustedBundle, match=f"trust='{DIGEST}'") as caught:
         check_trust(DIGEST, None, where="b", store=store)
     assert caught.value.exit_code == 2
 

@@ -71,7 +71,7 @@ def test_inspect_shows_the_report_that_the_compiler_stored(flagtree: Flagtree, t
 @pytest.mark.parametrize(
     ("topic", "said"),
     [("extern", "36  aten.linear.default: gemm"), ("fusion", "1 refused\n  k3 + k5: cycle through k4"),
-     ("tiers", f"llir; missing: {SDK}"), ("trust", "--trust "), ("certificate", "executed: maca-ir (emulated)")],
+     ("tiers", f"llir; missing: {SDK}"), ("trust", "trust='"), ("certificate", "executed: maca-ir (emulated)")],
 )
 def test_explain_shows_the_evidence(flagtree: Flagtree, bundle: Path, topic: str, said: str) -> None:
     ended = flagtree("explain", topic, str(bundle))

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from flagtree.check.report import BundleReport, CompileReport, KernelRow, PartReport
 from flagtree.cli.table import print_report, short_ops, size, stored_report
-from tests.cli.reports import report
+from tests.cli.reports import NORM, report
 
 
 def printed(shown: CompileReport, width: int) -> str:
@@ -26,6 +26,15 @@ def test_every_fact_is_there_and_no_line_is_too_wide(width: int) -> None:
                  "batch 1 to 64", "tokens 1 to 40960 in steps of 8", "399 by name", "3 maca-ir (emulated)", "mcfatbin", "9f" * 32,
                  "qwen3-metax", "capture 9.4 s"):
         assert fact in text, fact
+
+
+def test_numbers_keep_their_units_at_80_columns() -> None:
+    rows = tuple(KernelRow(name, "a" * 64, "prefill", 36, NORM, "binary", "", 352_400_000, 67_100_000, 40, None, 2048)
+                 for name in ("post_attention_layernorm", "input_layernorm"))
+    part = PartReport("prefill", "cuda:sm90", rows, (), launches_total=72, weights=0)
+    text = printed(CompileReport("m", (BundleReport("cuda:sm90", "/b", "c" * 64, (part,), {"binary": 2}),)), 80)
+    assert text.count("67.1 MB    40  2.05 kB\n") == 2
+    assert " shared\n" in text
 
 
 def test_what_nobody_told_is_a_dash_and_not_a_zero() -> None:

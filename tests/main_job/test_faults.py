@@ -280,7 +280,7 @@ def test_an_untrusted_bundle_is_shown_but_not_run(whole: Place, copy: Path, plac
     shown = place.run("inspect", str(copy))
     assert shown.code == 0
     assert "running it needs its digest named" in shown.out.replace("\n", " ")
-    assert f"--trust {digest}" in load(place, copy)
+    assert f"trust='{digest}'" in load(place, copy)
     assert load(place, copy, trust=digest) == ""
     assert "not the one that you trust" in load(place, copy, trust="0" * 64)
 

@@ -202,7 +202,7 @@ def test_trust_is_asked_before_code_is_mapped(write: Write, tmp_path: Path, monk
     digest = write(tmp_path / "toy")
     mapped: list[int] = []
     monkeypatch.setattr(cpu, "load_library", lambda *_: mapped.append(1))
-    with pytest.raises(UntrustedBundle, match=f"--trust {digest}"):
+    with pytest.raises(UntrustedBundle, match=f"trust='{digest}'"):
         flagtree.load(tmp_path / "toy")
     with pytest.raises(UntrustedBundle):
         flagtree.load(tmp_path / "toy", trust="0" * 64)

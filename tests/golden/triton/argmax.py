@@ -8,6 +8,7 @@
 #   buffer b2: bf16[n0] temp
 #   buffer b3: i64[n0] temp
 #   kernel kernel {i0 < n0} reduce {r0 < n1} numerics(eager, contract=off, acc=f32)
+#     schedule lane=r0 tiles(r0=2048) loop(r0) warps=8 stages=1
 #     v0: bf16 = load b0[i0, r0]
 #     v1: i64 = index r0
 #     (v2: bf16, v3: i64) = argmax v0, v1 over r0

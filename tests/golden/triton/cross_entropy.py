@@ -6,6 +6,7 @@
 #   buffer b1: i64[n0] input
 #   buffer b2: f32[n0] temp
 #   kernel kernel {i0 < n0} reduce {r0 < 5000} numerics(eager, contract=off, acc=f32)
+#     schedule lane=r0 tiles(r0=8192) loop() warps=8 stages=1
 #     v0: bf16 = load b0[i0, r0]
 #     v1: f32 = cast v0
 #     v2: f32 = max v1 over r0

@@ -9,6 +9,7 @@
 #   buffer b3: f16[n0, n1, 768] temp
 #   buffer b4: f32[n0, n1] temp
 #   kernel kernel {i0 < n0, i1 < n1} reduce {r0 < 768} numerics(eager, contract=off, acc=f32)
+#     schedule lane=r0 tiles(r0=1024) loop() warps=4 stages=1
 #     v0: f16 = load b0[i0, i1, r0]
 #     v1: f32 = cast v0
 #     v2: f32 = mul v1, 0.0

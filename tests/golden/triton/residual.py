@@ -7,6 +7,7 @@
 #   buffer b1: bf16[n0, n1, 4096] state
 #   buffer b2: bf16[n0, n1, 4096] temp
 #   kernel kernel {i0 < n0, i1 < n1} reduce {r0 < 4096} numerics(eager, contract=off, acc=f32)
+#     schedule lane=r0 tiles(r0=4096) loop() warps=8 stages=1
 #     v0: bf16 = load b0[i0, i1, r0]
 #     v1: f32 = cast v0
 #     v2: bf16 = load b1[i0, i1, r0]

@@ -9,6 +9,7 @@
 #   buffer b3: bf16[n0, n1, 128] input
 #   buffer b4: bf16[n0, 32, n1, 128] temp
 #   kernel kernel {i0 < n0, i1 < n1, i2 < 32} reduce {r0 < 128} numerics(eager, contract=off, acc=f32)
+#     schedule lane=r0 tiles(i2=8, r0=128) loop() warps=4 stages=1
 #     v0: bf16 = load b0[i0, i1, i2, r0]
 #     v1: f32 = cast v0
 #     v2: f32 = mul v1, v1

@@ -7,6 +7,7 @@
 #   buffer b2: f32[10, 64] state
 #   buffer b3: i32[10] state
 #   kernel kernel {i0 < n0, i1 < 64} numerics(eager, contract=off, acc=f32)
+#     schedule lane=i1 tiles(i0=16, i1=64) loop() warps=4 stages=1
 #     v0: f32 = load b0[i0, i1]
 #     v1: i64 = load b1[i0]
 #     v2: i32 = cast v1

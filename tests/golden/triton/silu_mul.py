@@ -6,6 +6,7 @@
 #   buffer b0: bf16[n0, n1, 24576] input
 #   buffer b1: bf16[n0, n1, 12288] temp
 #   kernel kernel {i0 < n0, i1 < n1, i2 < 12288} numerics(eager, contract=off, acc=f32)
+#     schedule lane=i2 tiles(i2=1024) loop() warps=4 stages=1
 #     v0: bf16 = load b0[i0, i1, i2]
 #     v1: f32 = cast v0
 #     v2: f32 = neg v1

@@ -6,6 +6,7 @@
 #   buffer b0: f32[n0, n1] input
 #   buffer b1: f32[n0, n1] temp
 #   kernel kernel {i0 < n0} reduce {r0 < n1} numerics(eager, contract=off, acc=f32)
+#     schedule lane=r0 tiles(r0=2048) loop(r0) warps=8 stages=1
 #     v0: f32 = load b0[i0, r0]
 #     v1: f32 = max v0 over r0
 #     v2: f32 = sub v0, v1
