@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from flagtree.ir.dtypes import DTYPES
+from flagtree.ir.facts import Facts
 from flagtree.ir.index import ZERO, Bounds, Index, flatten, remainder, unflatten
 from flagtree.ir.program import Access, BodyOp, Buffer, Compute, Extern, IndexValue, Kernel, Load, Program, Reduce, Repeat, Scan, Store
 from flagtree.passes.base import Fuel, Report
@@ -42,8 +43,7 @@ def canonical_kernel(program: Program, kernel: Kernel) -> Kernel:
     """All body rules, in order; the same object when none applied."""
     ranges = bounds(program, kernel)
     body = _plain_indices(kernel.body, ranges)
-    masks = _mask_limits(body, ranges)
-    body = tuple(_through_view(program, op, ranges, masks) for op in body)
+    body = _through_views(program, replace(kernel, body=body), ranges)
     body = _fold_casts(body)
     body = _common_subexpressions(body)
     body = _complementary_loads(body, {a.name: a.extent for a in kernel.axes})
@@ -81,7 +81,19 @@ def _both(a: Limits, b: Limits) -> Limits:
     return {**a, **b, **{k: (a[k][0], b[k][1]) for k in a.keys() & b.keys()}}
 
 
-def _through_view(program: Program, op: BodyOp, ranges: Bounds, masks: dict[str, Limits]) -> BodyOp:
+def _through_views(program: Program, kernel: Kernel, ranges: Bounds) -> tuple[BodyOp, ...]:
+    """The body with its views as indices; memory that it stores to is named in one way, so that in place can be told."""
+    if all(program.buffer(n).alias_of is None for n in (*kernel.reads, *kernel.writes)):
+        return kernel.body
+    masks, facts = _mask_limits(kernel.body, ranges), Facts.of(program, kernel)
+    body = tuple(_through_view(program, op, ranges, masks, facts) for op in kernel.body)
+    left = {op.access.buffer for op in body if isinstance(op, (Load, Store)) and program.buffer(op.access.buffer).alias_of is not None}
+    mixed = {program.root(n) for n in left} & {program.root(n) for n in kernel.writes}
+    pairs = zip(kernel.body, body, strict=True)
+    return tuple(old if isinstance(old, (Load, Store)) and program.root(old.access.buffer) in mixed else new for old, new in pairs)
+
+
+def _through_view(program: Program, op: BodyOp, ranges: Bounds, masks: dict[str, Limits], facts: Facts) -> BodyOp:
     """An access through an alias becomes an access to the root where its layout is a permuted row-major one."""
     if not isinstance(op, (Load, Store)):
         return op
@@ -100,6 +112,8 @@ def _through_view(program: Program, op: BodyOp, ranges: Bounds, masks: dict[str,
     # sizes that do not divide as far as we can prove leave divisions behind: then the view keeps its own strides
     proved = all(ranges.in_range(i, n) for i, n in zip(index, root.shape, strict=True))
     if not proved and (op.access.mask is None or _divisions(index) > _divisions(op.access.index)):
+        return op
+    if not proved and not all(facts.in_range(i, n, op.access.mask) for i, n in zip(index, root.shape, strict=True)):
         return op
     return replace(op, access=replace(op.access, buffer=root.name, index=tuple(index)))
 
@@ -224,7 +238,8 @@ def _identity(op: BodyOp) -> object:
 def _complementary_loads(body: tuple[BodyOp, ...], extents: dict[str, Index]) -> tuple[BodyOp, ...]:
     """x[i + n - c] where i < c, and x[i - c] where i >= c, are one load x[(i + n - c) % n]: a rotation, as in rotary embedding."""
     ops = {n: op for op in body for n in defined(op)}
-    loads = [op for op in body if isinstance(op, Load) and op.access.mask]
+    stored = {op.access.buffer for op in body if isinstance(op, Store)}
+    loads = [op for op in body if isinstance(op, Load) and op.access.mask and op.access.buffer not in stored]
     for low in loads:
         for high in loads:
             found = _rotation(low, high, ops, extents)

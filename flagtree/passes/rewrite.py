@@ -104,17 +104,19 @@ def prune(body: Iterable[BodyOp]) -> tuple[BodyOp, ...]:
 
 
 def renumber(kernel: Kernel) -> Kernel:
-    """Axes i0.. and r0.., values v0.. in order; axes that nothing uses and that run once are dropped."""
-    occurring = {n for op in kernel.body for n in used(op)} | {x for op in kernel.body for x in _axes_of(op)}
+    """Axes i0.. and r0.., values v0.. in order; axes that nothing uses and that run once are dropped, and an axis over which
+    nothing runs any more is parallel."""
+    over = {x for op in kernel.body for x in _axes_of(op)}
+    occurring = {n for op in kernel.body for n in used(op)} | over
     axes, renamed, counts = [], {}, {"parallel": 0, "reduce": 0}
     for axis in kernel.axes:
         if axis.name not in occurring and axis.extent.constant == 1:
             continue
-        letter = "i" if axis.kind == "parallel" else "r"
-        name = f"{letter}{counts[axis.kind]}"
-        counts[axis.kind] += 1
+        kind = "reduce" if axis.name in over else "parallel"
+        name = f"{'r' if axis.name in over else 'i'}{counts[kind]}"
+        counts[kind] += 1
         renamed[axis.name] = Index.of(name)
-        axes.append(Axis(name, axis.extent, axis.kind))
+        axes.append(Axis(name, axis.extent, kind))
     names = {n: f"v{k}" for k, n in enumerate(n for op in kernel.body for n in defined(op))}
     body = tuple(rename(op, names, renamed) for op in kernel.body)
     return replace(kernel, axes=tuple(axes), body=body)

@@ -95,7 +95,7 @@ class _Step:
         self.source, self.rng = source, source.rng
         self.lines: list[str] = []
         self.axes: dict[str, str] = {}
-        self.reduce: list[str] = []
+        self.over: list[str] = []
         self.values: list[str] = []
         self.named = 0
 
@@ -110,15 +110,17 @@ class _Step:
         if kind in ("reduce", "normalise", "scan"):
             left = shape[: -len(reduced)] if shape[-len(reduced) :] == reduced else shape[1:]
             self.axes = {f"i{k}": n for k, n in enumerate(left)} | {f"r{k}": n for k, n in enumerate(reduced)}
-            self.reduce = [a for a in self.axes if a[0] == "r"]
+            self.over = [a for a in self.axes if a[0] == "r"]
         else:
             self.axes = {f"i{k}": n for k, n in enumerate(shape)}
+        if not self.axes or (kind == "scan" and not self.over):
+            kind = "copy"
         getattr(self, kind)()
-        group = ", ".join(f"{a} < {n}" for a, n in self.axes.items() if a not in self.reduce)
+        group = ", ".join(f"{a} < {n}" for a, n in self.axes.items() if a not in self.over)
         name = self.source.fresh("k")
         head = f"kernel {name}" + (f" {{{group}}}" if group else "")
-        if self.reduce:
-            head += " reduce {" + ", ".join(f"{a} < {self.axes[a]}" for a in self.reduce) + "}"
+        if self.over:
+            head += " reduce {" + ", ".join(f"{a} < {self.axes[a]}" for a in self.over) + "}"
         body = "".join(f"\n  {line}" for line in self.lines)
         self.source.steps.append(f"{head} numerics(eager, contract=off, acc=f32){body}")
 
@@ -141,16 +143,16 @@ class _Step:
 
     def reduction(self) -> str:
         combiner = self.rng.choice(["sum", "sum", "max", "min"])
-        value = self.line(f"{combiner} {self.values[-1]} over {', '.join(self.reduce)}")
+        value = self.line(f"{combiner} {self.values[-1]} over {', '.join(self.over)}")
         return value
 
-    def reduce_(self, again: bool) -> None:
+    def reduce(self, again: bool = False) -> None:
         self.loads(self.rng.randint(1, 2))
         self.compute(self.rng.randint(0, 2))
         total = self.reduction()
         if not again:
             self.values = [total]
-            kept, self.axes = self.axes, {a: n for a, n in self.axes.items() if a not in self.reduce}
+            kept, self.axes = self.axes, {a: n for a, n in self.axes.items() if a not in self.over}
             self.compute(self.rng.randint(0, 1))
             self.stores(1)
             self.axes = kept
@@ -159,14 +161,14 @@ class _Step:
         self.stores(self.rng.choice([1, 1, 2]))
 
     def normalise(self) -> None:
-        self.reduce_(True)
+        self.reduce(True)
 
     def scan(self) -> None:
-        self.reduce = self.reduce[-1:]
-        self.axes = {("i9" if a[0] == "r" and a not in self.reduce else a): n for a, n in self.axes.items()}
+        self.over = self.over[-1:]
+        self.axes = {("i9" if a[0] == "r" and a not in self.over else a): n for a, n in self.axes.items()}
         self.loads(1)
         self.compute(self.rng.randint(0, 1))
-        self.values.append(self.line(f"scan.sum {self.values[-1]} over {self.reduce[0]}"))
+        self.values.append(self.line(f"scan.sum {self.values[-1]} over {self.over[0]}"))
         self.stores(1)
 
     def copy(self) -> None:
@@ -326,8 +328,3 @@ class _Step:
             else:
                 name = self.rng.choice([*self.source.states, *self.source.temps])
                 self.store(name, self.target_index(name))
-
-    def __getattr__(self, name: str) -> object:
-        if name == "reduce":
-            raise AttributeError(name)
-        raise AttributeError(name)
