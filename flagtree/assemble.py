@@ -24,6 +24,7 @@ from flagtree.ir.program import Kernel, Program
 from flagtree.ir.verify import verify
 from flagtree.passes.base import Fuel, Report
 from flagtree.passes.pipeline import pipeline, run_pipeline
+from flagtree.passes.reinplace import rename_output
 from flagtree.passes.repeat import fold_layers
 from flagtree.progress import Progress
 from flagtree.settings import settings
@@ -63,7 +64,7 @@ def generate_part(part: CapturedPart, target: Target) -> GeneratedPart:
     ladder.start(part.lowered.program)
     fuel = Fuel(settings.fuel)
     program, reports = run_pipeline(part.lowered.program, pipeline(target), target, fuel=fuel, after=ladder.after)
-    program = fold_layers(program, part.layers)
+    program = rename_output(fold_layers(program, part.layers), 0, "logits")
     verify(program)
     ladder.finish(program)
     kernels = {kernel.name: (alone, digest(alone.program)) for kernel, alone in isolate_all(program)}

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from flagtree.artifact.bundle import copy_bundle, open_bundle, write_bundle
 from flagtree.artifact.code import code_digest
-from flagtree.artifact.container import SUFFIX
+from flagtree.artifact.container import SUFFIX, check_place
 from flagtree.artifact.files import writing
 from flagtree.artifact.key import KeyFactors
 from flagtree.artifact.store import Store
@@ -61,7 +61,14 @@ def compile_model(
     if out is not None and out.suffix == SUFFIX and len(targets) > 1:
         raise BundleError("one file cannot hold the bundles of several targets", where=str(out), hint="name a folder with --out")
     job = _Job(spec, chosen, dtype, jobs or settings.jobs, progress)
+    job.title = _title(spec, layers, dtype)
     return CompileReport(spec.name, tuple(job.bundle(find_target(name), out) for name in targets))
+
+
+def _title(spec: ModelSpec, layers: int | None, dtype: str | None) -> str:
+    """The model's name, and what was chosen instead of its own depth and type: two such bundles do not take each other's place."""
+    depth = "" if layers is None else f"-{layers}-layers"
+    return spec.name + depth + ("" if dtype is None else f"-{spec.element(dtype)}")
 
 
 class _Job:
@@ -70,19 +77,22 @@ class _Job:
     def __init__(self, spec: ModelSpec, parts: tuple[str, ...], dtype: str | None, jobs: int, progress: Progress) -> None:
         self.spec, self.parts, self.dtype, self.jobs, self.progress = spec, parts, dtype, jobs, progress
         self.store = Store()
+        self.title = spec.name
         self._captured: dict[str, CapturedPart] = {}
 
     def bundle(self, target: Target, out: Path | None) -> BundleReport:
         """The bundle for one target: last time's when its key is the same and it is whole, else built now."""
         key = self._key(target)
-        name = folder_name(f"{self.spec.name}-{target.name}")
+        name = folder_name(f"{self.title}-{target.name}")
+        place = None if out is None else out if out.suffix == SUFFIX else out / name
+        if place is not None:
+            check_place(place)  # said now, not after minutes of work
         home = settings.cache_dir / "bundles" / key.digest()[:16] / name
         report = self._known(key, home)
         if report is None:
             _prepare(home)
             report = self._build(target, home, key)
-        if out is not None:
-            place = out if out.suffix == SUFFIX else out / name
+        if place is not None:
             copy_bundle(home, place)
             report = replace(report, path=str(place))
         return report

@@ -176,6 +176,16 @@ def publish(path: Path, content: Mapping[str, bytes]) -> None:
             files.sync_folder(path.parent)
 
 
+def check_place(path: Path) -> None:
+    """Raise what `publish` would raise for the place itself, before the work that makes a bundle; nothing stays behind."""
+    path = Path(os.path.abspath(path))
+    _refuse_other(path, path.suffix == SUFFIX)
+    with files.writing(path, _HOW):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _temporary(path):
+            return
+
+
 def _refuse_other(path: Path, as_file: bool) -> None:
     if not os.path.lexists(path):
         return

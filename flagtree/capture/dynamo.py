@@ -17,15 +17,17 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from flagtree.capture.normalise import Normalised, normalise
 from flagtree.codegen.cpp import generate
 from flagtree.codegen.launch import launch_list
+from flagtree.debug import Ladder
 from flagtree.errors import CodegenError
 from flagtree.ir.canonical import digest, isolate_all
 from flagtree.ir.index import Index, from_sympy
 from flagtree.ir.program import Kernel, Program
 from flagtree.lower.decompositions import DECOMPOSITIONS
 from flagtree.lower.lowering import lower, lowers
-from flagtree.passes.base import Report
+from flagtree.passes.base import Fuel, Report
 from flagtree.passes.pipeline import pipeline, run_pipeline
 from flagtree.runtime.capture_key import example_value
+from flagtree.settings import settings
 from flagtree.targets import find_target
 from flagtree.toolchain.build import build_kernels
 from flagtree.toolchain.cxx import link
@@ -55,7 +57,7 @@ def placeholder_names(module: fx.GraphModule) -> list[str]:
     return names
 
 
-def compile_graph(module: fx.GraphModule, symbols: dict[str, str], level: str, jobs: int = 1) -> CompiledGraph:
+def compile_graph(module: fx.GraphModule, symbols: dict[str, str], level: str, jobs: int = 1, name: str = "graph") -> CompiledGraph:
     """Compile Dynamo's graph for this CPU at `level`.
 
     `symbols` renames the shape environment's symbols as the capture key did.  Raises CaptureError, LoweringError, CodegenError or
@@ -66,10 +68,13 @@ def compile_graph(module: fx.GraphModule, symbols: dict[str, str], level: str, j
     shape_env = _shape_env(values)
     before = len(shape_env.guards) if shape_env is not None else 0
     normal = normalise(module, names, values, lowers, DECOMPOSITIONS, _fake_mode(values))
-    program, results, reports = _generated(normal)
+    ladder = Ladder(name)
+    program, results, reports = _generated(normal, ladder)
+    ladder.finish(program)
     isolated = {kernel.name: (one, digest(one.program)) for kernel, one in isolate_all(program)}
     target = replace(find_target("cpu"), levels=(level,))
     built = build_kernels([(d, one.program) for one, d in isolated.values()], target, jobs)
+    ladder.built(built)
     objects = [(b.digest, b.files[f"{level}.o"]) for b in built]
     return CompiledGraph(
         launch=launch_list(program, isolated),
@@ -82,13 +87,14 @@ def compile_graph(module: fx.GraphModule, symbols: dict[str, str], level: str, j
     )
 
 
-def _generated(normal: Normalised) -> tuple[Program, list[object], list[Report]]:
+def _generated(normal: Normalised, ladder: Ladder) -> tuple[Program, list[object], list[Report]]:
     """The program after all passes.  Calls whose kernel the generator cannot express become externs with its reason."""
     target = find_target("cpu")
     refused: dict[str, str] = {}
     while True:
         lowered = lower(normal.graph, "graph", dict.fromkeys(normal.constants, "constant"), refused)
-        program, reports = run_pipeline(lowered.program, pipeline(target), target)
+        ladder.start(lowered.program)
+        program, reports = run_pipeline(lowered.program, pipeline(target), target, fuel=Fuel(settings.fuel), after=ladder.after)
         more = {op: reason for kernel, reason in _inexpressible(program) for op in kernel.ops}
         if not more:
             return program, lowered.results, reports

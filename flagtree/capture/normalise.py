@@ -119,7 +119,7 @@ class _Recorder(TorchDispatchMode):
         fake = self.fake_mode.from_tensor(value, static_shapes=True)
         name = f"const_{len(self.constants)}"
         self.constants[name] = value
-        first = next(iter(self.graph.nodes))
+        first = next(iter(self.graph.nodes), None)
         with self.graph.inserting_before(first):
             node = self.placeholder(name, fake)
         self.bind(value, node)

@@ -17,7 +17,7 @@ from flagtree.errors import FlagtreeError
 from flagtree.ir.canonical import Isolated
 from flagtree.ir.index import Index
 from flagtree.ir.program import Kernel, Program
-from flagtree.lower.pointwise import NotLowered
+from flagtree.lower.builder import NotLowered
 from flagtree.lower.sizes import Sizes
 from flagtree.runtime import operators as operators  # registers torch.ops.flagtree.*
 

@@ -135,10 +135,27 @@ class Facts:
             return True
         index = self.bounds.simplify(index)
         assumed = self.constraints(mask)
+        if any(self.bounds.nonnegative(-c - 1) for c in assumed):
+            return True  # the mask never holds
+        narrowed = self._narrowed(assumed)
         return all(
-            self.bounds.nonnegative(side) or any(self.bounds.nonnegative(side - k * c) for c in assumed for k in _factors(side, c))
+            self.bounds.nonnegative(side)
+            or narrowed.nonnegative(side)
+            or any(self.bounds.nonnegative(side - k * c) for c in assumed for k in _factors(side, c))
             for side in (index, extent - index - 1)
         )
+
+    def _narrowed(self, assumed: tuple[Index, ...]) -> Bounds:
+        """The bounds where constraints on one axis (i - 1 >= 0) hold: what a shifted and divided index needs."""
+        limits = dict(self.bounds.limits)
+        for constraint in assumed:
+            axes = [n for n in constraint.names() if n in limits]
+            factor = constraint.coefficient(axes[0]) if len(axes) == 1 else None
+            if factor is not None and factor.constant in (1, -1):
+                lo, hi = limits[axes[0]]
+                rest = constraint - factor * axes[0]
+                limits[axes[0]] = (-rest, hi) if factor.constant == 1 else (lo, rest)
+        return self.bounds.narrowed(limits) if assumed else self.bounds
 
 
 def _factors(side: Index, constraint: Index) -> set[Index]:

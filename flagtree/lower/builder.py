@@ -148,8 +148,16 @@ class Body:
         return Kernel(name, tuple(self.axes), tuple(self.ops), Numerics(accumulator=accumulator), **fields)  # type: ignore[arg-type]
 
 
+class NotLowered(Exception):
+    """A rule declines; the call becomes an extern with this reason."""
+
+
 def _literal(value: Number, dtype: str) -> Number:
+    """The number in the operands' type.  One that an integer type cannot hold wraps, compares or fails as only ATen knows."""
     kind = DTYPES[dtype]
+    low = -(1 << (kind.bits - 1)) if kind.kind == "int" else 0
+    if kind.kind in ("int", "uint") and not low <= int(value) < low + (1 << kind.bits):
+        raise NotLowered(f"the number {value} does not fit {dtype}")
     return float(value) if kind.is_float else bool(value) if dtype == "b1" else int(value)
 
 

@@ -13,8 +13,7 @@ import torch
 from torch import fx
 
 from flagtree.ir.program import Extern, Operand, Origin
-from flagtree.lower.builder import Body, Tensor, Value
-from flagtree.lower.pointwise import NotLowered
+from flagtree.lower.builder import Body, NotLowered, Tensor, Value
 
 if TYPE_CHECKING:
     from flagtree.lower.lowering import Lowering

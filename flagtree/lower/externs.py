@@ -20,6 +20,7 @@ REASONS = {
     **dict.fromkeys(("aten.rand", "aten.randn", "aten.rand_like", "aten.randn_like", "aten.bernoulli", "aten.native_dropout"), _RANDOM),
     **dict.fromkeys(("aten.empty", "aten.empty_like", "aten.new_empty", "aten.empty_strided", "aten.new_empty_strided"), _LAYOUT),
     "aten.embedding": "embedding: eager checks each index, and a row copy gains nothing from fusion",
+    "aten.index": "rows by index tensors: eager checks each index, and a row copy gains nothing from fusion",
     "aten.batch_norm": "batch norm in training: updates the running statistics",
 }
 # written although the schema does not say so: operator -> operand positions

@@ -18,11 +18,11 @@ from flagtree.errors import CaptureError
 from flagtree.ir.dtypes import TORCH_NAMES
 from flagtree.ir.index import ZERO, Index, contiguous_strides
 from flagtree.ir.program import Alias, Buffer, Extern, Operand, Program, Ref, Step, TypeArg
-from flagtree.lower.builder import Body, Tensor, Value, compute_type
+from flagtree.lower.builder import Body, NotLowered, Tensor, Value, compute_type
 from flagtree.lower.call import Call, packet_of
 from flagtree.lower.externs import reason_for, written_operands
 from flagtree.lower.memory import MEMORY
-from flagtree.lower.pointwise import KEPT_OPERANDS, POINTWISE, REFUSED_OVERLOADS, NotLowered
+from flagtree.lower.pointwise import KEPT_OPERANDS, POINTWISE, REFUSED_OVERLOADS
 from flagtree.lower.reduction import REDUCTIONS
 from flagtree.lower.sizes import Sizes
 

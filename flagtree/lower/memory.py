@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 from flagtree.ir.dtypes import DTYPES
 from flagtree.ir.index import ZERO, Index
 from flagtree.ir.program import Ref
-from flagtree.lower.builder import Body, Tensor, Value
-from flagtree.lower.pointwise import NotLowered
+from flagtree.lower.builder import Body, NotLowered, Tensor, Value
 from flagtree.lower.reduction import Rule
 
 if TYPE_CHECKING:

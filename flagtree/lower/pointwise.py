@@ -12,11 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from flagtree.ir.dtypes import DTYPES
-from flagtree.lower.builder import Body, Number, Operand, Value
-
-
-class NotLowered(Exception):
-    """A rule declines; the call becomes an extern with this reason."""
+from flagtree.lower.builder import Body, NotLowered, Number, Operand, Value
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 from flagtree.ir.dtypes import DTYPES
 from flagtree.ir.index import ONE, ZERO, Index
-from flagtree.lower.builder import Body, Tensor, Value, compute_type
-from flagtree.lower.pointwise import NotLowered
+from flagtree.lower.builder import Body, NotLowered, Tensor, Value, compute_type
 
 if TYPE_CHECKING:
     from flagtree.lower.lowering import Call, Lowering

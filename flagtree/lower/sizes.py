@@ -14,7 +14,7 @@ from torch.utils._sympy.functions import FloorDiv, Max, Min
 
 from flagtree.ir.index import Index, Quotient, from_sympy
 from flagtree.ir.program import Symbol
-from flagtree.lower.pointwise import NotLowered
+from flagtree.lower.builder import NotLowered
 
 UNBOUNDED = 2**48  # what a size without an upper bound counts as
 
@@ -104,7 +104,21 @@ def _equalities(shape_env: Any) -> tuple[dict[Any, Any], dict[str, int]]:
             if a.is_Symbol and not b.has(a):
                 out = {k: v.xreplace({a: b}) for k, v in out.items()} | {a: b}
                 break
+        else:
+            if (solved := _solved(expr.lhs - expr.rhs)) is not None:
+                out = {k: v.xreplace(solved) for k, v in out.items()} | solved
     return out, multiples
+
+
+def _solved(zero: Any) -> dict[Any, Any] | None:
+    """A symbol that stands alone with factor 1 or -1 in what is zero: n - 5 - 1 == 0 gives n = 6."""
+    zero = zero.expand()
+    for symbol in sorted(zero.free_symbols, key=lambda s: s.name):
+        factor = zero.coeff(symbol)
+        rest = zero - factor * symbol
+        if factor in (1, -1) and not rest.has(symbol):
+            return {symbol: -rest / factor}
+    return None
 
 
 def _range_of(shape_env: Any, symbol: Any, least: int) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from flagtree.ir.index import ZERO, Bounds, Index, flatten, remainder, unflatten
 from flagtree.ir.program import Access, BodyOp, Buffer, Compute, Extern, IndexValue, Kernel, Load, Program, Reduce, Repeat, Scan, Store
 from flagtree.passes.base import Fuel, Report
 from flagtree.passes.common_kernels import join_equal_kernels
-from flagtree.passes.rewrite import bounds, defined, dtypes_of, map_kernels, prune, rename, renumber, used
+from flagtree.passes.rewrite import bounds, defined, dtypes_of, map_kernels, prune, rename, used, with_less
 from flagtree.targets.base import Target
 
 
@@ -50,7 +50,7 @@ def canonical_kernel(program: Program, kernel: Kernel) -> Kernel:
     body = prune(_complementary_selects(body))
     if body == kernel.body:
         return kernel
-    new = renumber(replace(kernel, body=body))
+    new = with_less(kernel, body)
     return kernel if (new.body, new.axes) == (kernel.body, kernel.axes) else new
 
 
@@ -87,10 +87,20 @@ def _through_views(program: Program, kernel: Kernel, ranges: Bounds) -> tuple[Bo
         return kernel.body
     masks, facts = _mask_limits(kernel.body, ranges), Facts.of(program, kernel)
     body = tuple(_through_view(program, op, ranges, masks, facts) for op in kernel.body)
-    left = {op.access.buffer for op in body if isinstance(op, (Load, Store)) and program.buffer(op.access.buffer).alias_of is not None}
-    mixed = {program.root(n) for n in left} & {program.root(n) for n in kernel.writes}
+    before, after = (_places(program, ops) for ops in (kernel.body, body))
+    mixed = {program.root(n) for n in kernel.writes}
+    mixed = {r for r in mixed if len(after[r]) > len(before[r]) or len({buffer for buffer, _ in after[r]}) > 1}
     pairs = zip(kernel.body, body, strict=True)
     return tuple(old if isinstance(old, (Load, Store)) and program.root(old.access.buffer) in mixed else new for old, new in pairs)
+
+
+def _places(program: Program, body: tuple[BodyOp, ...]) -> dict[str, set[tuple[str, tuple[Index, ...]]]]:
+    """For each memory, the names and indices under which it is touched."""
+    out: dict[str, set[tuple[str, tuple[Index, ...]]]] = {}
+    for op in body:
+        if isinstance(op, (Load, Store)):
+            out.setdefault(program.root(op.access.buffer), set()).add((op.access.buffer, op.access.index))
+    return out
 
 
 def _through_view(program: Program, op: BodyOp, ranges: Bounds, masks: dict[str, Limits], facts: Facts) -> BodyOp:
@@ -113,7 +123,7 @@ def _through_view(program: Program, op: BodyOp, ranges: Bounds, masks: dict[str,
     proved = all(ranges.in_range(i, n) for i, n in zip(index, root.shape, strict=True))
     if not proved and (op.access.mask is None or _divisions(index) > _divisions(op.access.index)):
         return op
-    if not proved and not all(facts.in_range(i, n, op.access.mask) for i, n in zip(index, root.shape, strict=True)):
+    if op.access.mask is not None and not all(facts.in_range(i, n, op.access.mask) for i, n in zip(index, root.shape, strict=True)):
         return op
     return replace(op, access=replace(op.access, buffer=root.name, index=tuple(index)))
 
@@ -344,7 +354,7 @@ def drop_dead(program: Program) -> Program:
             kept = tuple(op for op in step.body if not isinstance(op, Store) or _escapes(program, op.access.buffer, live))
             if not any(isinstance(op, Store) for op in kept):
                 continue
-            step = step if kept == step.body else renumber(replace(step, body=prune(kept)))
+            step = step if kept == step.body else with_less(step, prune(kept))
         elif isinstance(step, Extern):
             if not step.mutates and not step.effect and not any(_escapes(program, n, live) for n in step.writes):
                 continue

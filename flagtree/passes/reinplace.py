@@ -143,3 +143,18 @@ def renamed(step: Step, names: Mapping[str, str]) -> Step:
     formals = {f for f, _ in step.bindings}
     inner = {k: v for k, v in names.items() if k not in formals}
     return replace(step, body=tuple(renamed(s, inner) for s in step.body), bindings=tuple((f, buffers(a)) for f, a in step.bindings))
+
+
+def rename_output(program: Program, position: int, name: str) -> Program:
+    """The same program with one output called `name`, by which a caller reads it; a caller's own buffer keeps its name."""
+    old = program.outputs[position]
+    if program.buffer(old).role != "temp" or old == name:
+        return program
+    buffers = []
+    for b in program.buffers:
+        alias = b.alias_of
+        if alias is not None and alias.base == old:
+            b = replace(b, alias_of=replace(alias, base=name))
+        buffers.append(replace(b, name=name) if b.name == old else b)
+    steps = tuple(renamed(s, {old: name}) for s in program.steps)
+    return program.with_(steps=steps, buffers=tuple(buffers), outputs=tuple(name if n == old else n for n in program.outputs))

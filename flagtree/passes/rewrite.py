@@ -104,13 +104,13 @@ def prune(body: Iterable[BodyOp]) -> tuple[BodyOp, ...]:
 
 
 def renumber(kernel: Kernel) -> Kernel:
-    """Axes i0.. and r0.., values v0.. in order; axes that nothing uses and that run once are dropped, and an axis over which
-    nothing runs any more is parallel."""
+    """Axes i0.. and r0.., values v0.. in order; axes that nothing uses are dropped, and an axis over which nothing runs any more is
+    parallel."""
     over = {x for op in kernel.body for x in _axes_of(op)}
     occurring = {n for op in kernel.body for n in used(op)} | over
     axes, renamed, counts = [], {}, {"parallel": 0, "reduce": 0}
     for axis in kernel.axes:
-        if axis.name not in occurring and axis.extent.constant == 1:
+        if axis.name not in occurring:
             continue
         kind = "reduce" if axis.name in over else "parallel"
         name = f"{'r' if axis.name in over else 'i'}{counts[kind]}"
@@ -120,6 +120,16 @@ def renumber(kernel: Kernel) -> Kernel:
     names = {n: f"v{k}" for k, n in enumerate(n for op in kernel.body for n in defined(op))}
     body = tuple(rename(op, names, renamed) for op in kernel.body)
     return replace(kernel, axes=tuple(axes), body=body)
+
+
+def with_less(kernel: Kernel, body: tuple[BodyOp, ...]) -> Kernel:
+    """The kernel with a reduced body, renumbered.  The kernel as it is where a lost reduction would leave points that load an element
+    which another of them stores: its axis is parallel then."""
+    new = renumber(replace(kernel, body=body))
+    lost = sum(x.kind == "reduce" for x in kernel.axes) - sum(x.kind == "reduce" for x in new.axes)
+    parallel = {x.name for x in new.axes if x.kind == "parallel"}
+    in_place = [s for s in new.stores if s.access.buffer in new.reads]
+    return kernel if lost and any(parallel - {n for i in s.access.index for n in i.names()} for s in in_place) else new
 
 
 def _axes_of(op: BodyOp) -> tuple[str, ...]:

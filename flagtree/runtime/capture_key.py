@@ -7,6 +7,7 @@ and everything that a compiled launch list depends on does: targets, arguments, 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,7 +127,21 @@ def capture_key(module: fx.GraphModule, factors: dict[str, str]) -> CaptureKey:
         else:
             kwargs = {k: node.kwargs[k] for k in sorted(node.kwargs)}
             writer.text(node.op, _target(node), writer.argument(node.args), writer.argument(kwargs))
+    for line in sorted(_relations(writer)):
+        writer.text("guard", line)
     return CaptureKey(writer.hash.hexdigest(), writer.symbols, writer.sizes)
+
+
+def _relations(writer: _Writer) -> Iterator[str]:
+    """What Dynamo has guarded about the sizes so far: one captured graph may be specialised to several such sets."""
+    size = next(iter(writer.sizes.values()), None)
+    for guard in () if size is None else size.node.shape_env.guards:
+        free = guard.expr.free_symbols
+        known = [s for s in free if s.name in writer.symbols]
+        if known and len(known) < len(free):
+            raise Unkeyed(f"a guard on a size that the graph does not take: {guard.expr}")
+        if known:
+            yield str(guard.expr.xreplace({s: s.func(writer.symbols[s.name], integer=True) for s in known}))
 
 
 def _attribute(module: fx.GraphModule, path: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import operator
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -57,10 +58,22 @@ def compiled(module: fx.GraphModule) -> Callable[..., Any]:
     return _compiled_whole(module) if split_up is None else split_up
 
 
+def _factors(level: str) -> dict[str, str]:
+    """What else decides the result: versions, settings, and the state of torch that tracing reads."""
+    state = {
+        "torch": torch.__version__,
+        "flagtree": code_digest(),
+        "level": level,
+        "default dtype": str(torch.get_default_dtype()),
+        "autocast": f"{torch.is_autocast_enabled('cpu')} {torch.get_autocast_dtype('cpu')}",
+    }
+    return state | {f"setting.{name}": str(value) for name, value in settings.key_factors().items()}
+
+
 def _compiled_whole(module: fx.GraphModule) -> Callable[..., Any]:
     level = cpu.levels()[0] if cpu.levels() else ""
     try:
-        key: CaptureKey | None = capture_key(module, {"torch": torch.__version__, "flagtree": code_digest(), "level": level})
+        key: CaptureKey | None = capture_key(module, _factors(level))
     except Unkeyed as reason:
         key = None
         log.info("a graph has no capture key: %s", reason)
@@ -112,6 +125,8 @@ def _from_store(module: fx.GraphModule, key: CaptureKey) -> Callable[..., Any] |
     if not _hold(meta["conditions"], key):
         log.info("capture key %s: stored for other sizes", key.digest[:16])
         return None
+    if settings.debug:
+        sys.stderr.write(f"flagtree graph-{key.digest[:16]}: from the store\n")
     constants = {}
     if "constants.safetensors" in entry.files:
         import safetensors.torch
@@ -145,7 +160,8 @@ def _size(expression: Any, sizes: dict[str, Any]) -> Any:
 def _built(module: fx.GraphModule, key: CaptureKey | None, level: str) -> Callable[..., Any]:
     from flagtree.capture.dynamo import compile_graph
 
-    graph = compile_graph(module, key.renamed if key else {}, level, settings.jobs)
+    name = f"graph-{key.digest[:16]}" if key else "graph"
+    graph = compile_graph(module, key.renamed if key else {}, level, settings.jobs, name)
     if key is not None and graph.conditions is not None:
         content = {"graph.json": canonical_json({"launch": graph.launch, "results": graph.results, "conditions": graph.conditions})}
         if graph.library:

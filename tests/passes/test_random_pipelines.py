@@ -50,7 +50,10 @@ def _row_numbers(program: Program, sizes: dict[str, int]) -> dict[str, tuple[Ind
 
 
 def _run(program: Program, inputs: dict[str, Any], override: str | None) -> dict[str, torch.Tensor]:
-    return run(program, {n: t.clone() for n, t in inputs.items()}, dtype_override=override)
+    """Outputs and states; one that is copied onto itself is no longer written."""
+    own = {n: t.clone() for n, t in inputs.items()}
+    result = run(program, own, dtype_override=override)
+    return {n: t.double() if override and t.is_floating_point() else t for n, t in {**own, **result}.items()}
 
 
 def _same(want: dict[str, torch.Tensor], have: dict[str, torch.Tensor], override: str | None, what: str) -> None:
