@@ -105,7 +105,10 @@ def _equalities(shape_env: Any) -> tuple[dict[Any, Any], dict[str, int]]:
                 out = {k: v.xreplace({a: b}) for k, v in out.items()} | {a: b}
                 break
         else:
-            if (solved := _solved(expr.lhs - expr.rhs)) is not None:
+            solved = _solved(expr.lhs - expr.rhs)
+            if solved is None and expr.rhs.is_Integer:  # Max(1, n - 5) == 1
+                solved = {expr.lhs: expr.rhs}
+            if solved is not None:
                 out = {k: v.xreplace(solved) for k, v in out.items()} | solved
     return out, multiples
 
