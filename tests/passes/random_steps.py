@@ -16,7 +16,21 @@ from flagtree.ir.verify import verify
 
 UNARY = ("neg", "abs", "tanh", "exp")
 BINARY = ("add", "sub", "mul", "max", "min")
-STEPS = ("pointwise", "pointwise", "pointwise", "inplace", "inplace", "reduce", "reduce", "normalise", "scan", "copy", "halves", "gather", "extern")
+STEPS = (
+    "pointwise",
+    "pointwise",
+    "pointwise",
+    "inplace",
+    "inplace",
+    "reduce",
+    "reduce",
+    "normalise",
+    "scan",
+    "copy",
+    "halves",
+    "gather",
+    "extern",
+)
 
 
 @dataclass
@@ -143,8 +157,7 @@ class _Step:
 
     def reduction(self) -> str:
         combiner = self.rng.choice(["sum", "sum", "max", "min"])
-        value = self.line(f"{combiner} {self.values[-1]} over {', '.join(self.over)}")
-        return value
+        return self.line(f"{combiner} {self.values[-1]} over {', '.join(self.over)}")
 
     def reduce(self, again: bool = False) -> None:
         self.loads(self.rng.randint(1, 2))
@@ -178,12 +191,18 @@ class _Step:
                 self.axes = {f"i{k}": n for k, n in enumerate(self.source.shapes[a][0])}
                 if self.rng.random() < 0.3:
                     self.axes = {x: (str(int(n) - 1) if n in ("2", "3", "4") else n) for x, n in self.axes.items()}
-                self.lines += [f"w: {self.source.shapes[b][1]} = load {b}[{', '.join(self.axes)}]", f"store {a}[{', '.join(self.axes)}] = w"]
+                self.lines += [
+                    f"w: {self.source.shapes[b][1]} = load {b}[{', '.join(self.axes)}]",
+                    f"store {a}[{', '.join(self.axes)}] = w",
+                ]
                 return
         name = self.rng.choice(self.source.states)
         self.axes = {f"i{k}": n for k, n in enumerate(self.source.shapes[name][0])}
         temp = self.new_temp(list(self.axes), self.source.shapes[name][1])
-        self.lines += [f"w: {self.source.shapes[name][1]} = load {name}[{', '.join(self.axes)}]", f"store {temp}[{', '.join(self.axes)}] = w"]
+        self.lines += [
+            f"w: {self.source.shapes[name][1]} = load {name}[{', '.join(self.axes)}]",
+            f"store {temp}[{', '.join(self.axes)}] = w",
+        ]
 
     def halves(self) -> None:
         """Two complementary masked loads, joined by a select or by arithmetic."""
@@ -200,7 +219,9 @@ class _Step:
         high = self.line(f"load {second}[{', '.join([*lead, f'{axis} - {cut}'])}] if {above} else 0.0", self.source.shapes[second][1])
         if self.rng.random() < 0.5:
             low = self.line(f"neg {low}", dtype)
-        form = self.rng.choice([f"where {above}, {high}, {low}", f"where {below}, {low}, {high}", f"add {low}, {high}", f"sub {high}, {low}"])
+        form = self.rng.choice(
+            [f"where {above}, {high}, {low}", f"where {below}, {low}, {high}", f"add {low}, {high}", f"sub {high}, {low}"]
+        )
         self.values.append(self.line(form, dtype))
         self.stores(self.rng.choice([1, 1, 2]))
 
@@ -220,7 +241,7 @@ class _Step:
         name, rng = self.source.fresh("e"), self.rng
         a = rng.choice(floats or ["a"])
         if rng.random() < 0.4:
-            state = rng.choice([s for s in (*self.source.states, *self.source.temps)])
+            state = rng.choice([*self.source.states, *self.source.temps])
             self.source.steps.append(f'extern {name}: (_) = aten.mul_.Tensor({state}, 0.5) mutates({state}) reason "t"')
         elif rng.random() < 0.5 and self.source.sizes[0] != "0":
             state = rng.choice(["x", "y"])
@@ -234,7 +255,8 @@ class _Step:
             shape, dtype = self.source.shapes[a]
             self.source.declare(temp, shape, dtype, "temp")
             self.source.temps.append(temp)
-            self.source.steps.append(f'extern {name}: ({temp}) = aten.clone.default({a}) {{memory_format = type("memory_format", "torch.contiguous_format")}} reason "t"')
+            attributes = '{memory_format = type("memory_format", "torch.contiguous_format")}'
+            self.source.steps.append(f'extern {name}: ({temp}) = aten.clone.default({a}) {attributes} reason "t"')
 
     # -- parts -------------------------------------------------------------------------------------------------------
     def line(self, text: str, dtype: str = "f32") -> str:

@@ -20,7 +20,12 @@ from tests.passes.pass_file import make_inputs
 from tests.passes.random_steps import random_pipeline_program
 
 # the order of the pipeline, and orders that nobody chose: each pass is right by itself
-ORDERS = ("", "fuse_reduction, fuse_pointwise", "reinplace, fuse_pointwise, fuse_pointwise", "fuse_reduction, canonicalize, reinplace, fuse_reduction")
+ORDERS = (
+    "",
+    "fuse_reduction, fuse_pointwise",
+    "reinplace, fuse_pointwise, fuse_pointwise",
+    "fuse_reduction, canonicalize, reinplace, fuse_reduction",
+)
 
 
 def examine(seed: int) -> bool:
@@ -40,7 +45,9 @@ def examine(seed: int) -> bool:
             continue
         done = True
         for override, truth in ((None, want), ("f64", exact)):
-            _same(truth, _run(after, inputs, override), override, f"seed {seed} at {sizes}\n{print_program(program)}\n{print_program(after)}")
+            _same(
+                truth, _run(after, inputs, override), override, f"seed {seed} at {sizes}\n{print_program(program)}\n{print_program(after)}"
+            )
     return done
 
 
