@@ -264,7 +264,8 @@ def _from_config(file: SpecFile) -> SpecFile:
         raise CaptureError("the configuration names no model class", where=str(file.path), why=f"architectures is {architectures!r}")
     dtype = config.pop("torch_dtype", None) or config.pop("dtype", None)
     if dtype is None:
-        raise CaptureError("the configuration names no dtype", where=str(file.path), why="neither 'dtype' nor 'torch_dtype' is given")
+        raise CaptureError("the configuration names no dtype", where=str(file.path), why="neither 'dtype' nor 'torch_dtype' is given",
+                           hint='add "dtype": "bfloat16" to it')
     for note in ("transformers_version", "_name_or_path", "dtype"):
         config.pop(note, None)
     context = [1, config.get("max_position_embeddings", 1)]

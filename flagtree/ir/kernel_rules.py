@@ -346,7 +346,7 @@ def in_place_same_element(s: KernelScope) -> Found:
     for store in s.kernel.stores:
         stores.setdefault(s.program.root(store.access.buffer), []).append(store)
     seen: set[str] = set()
-    parallel = {a.name for a in s.kernel.axes if a.kind == "parallel"}
+    parallel, reduced = ({a.name for a in s.kernel.axes if a.kind == kind} for kind in ("parallel", "reduce"))
     for op in s.kernel.body:
         if isinstance(op, Store):
             seen.add(s.program.root(op.access.buffer))
@@ -357,7 +357,8 @@ def in_place_same_element(s: KernelScope) -> Found:
             if op.access.buffer == store.access.buffer and op.access.index == store.access.index:
                 if root in seen:
                     yield op, f"'{op.access.buffer}' is loaded after it is stored"
-                if loose := parallel - determined_axes(s.facts, store.access):
+                swept = reduced if s.facts.index_axes(store.access.index) & reduced else set()  # else it is stored behind the sweep
+                if loose := (parallel | swept) - determined_axes(s.facts, store.access):
                     yield op, f"points of axis '{min(loose)}' load an element that another of them stores"
             elif not disjoint(s.facts, op.access, store.access):
                 yield op, f"'{store.access.buffer}' is stored at another element of the same memory"

@@ -157,6 +157,8 @@ class FusionWalk:
     def _is_cheap(self, kernel: Kernel) -> bool:
         if has_reduction(kernel) or len(kernel.writes) != 1 or kernel.writes[0] in self.escaping or len(kernel.reads) > 1:
             return False
+        if kernel.writes[0] in kernel.reads:
+            return False  # in place: a copy would change the value again
         read = sum(DTYPES[op.dtype].bits for op in kernel.loads)  # a narrowing is stored once rather than read wide by each
         written = DTYPES[self.program.buffer(kernel.writes[0]).dtype].bits
         return len(kernel.body) <= 8 and read <= written and not any(getattr(op, "op", "") in EXPENSIVE for op in kernel.body)

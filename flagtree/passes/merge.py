@@ -237,10 +237,12 @@ def _hazard(a: Kernel, b: Kernel, legal: Legal, overwritten: frozenset[str]) -> 
         if isinstance(op, Store) or (isinstance(op, Load) and op.access.buffer not in legal.flowing):
             (stored if isinstance(op, Store) else loaded).setdefault(op.access.buffer, set()).add(op.access.index)
     parallel = {x.name for x in (*b.axes, *legal.added) if x.kind == "parallel" and x.extent.constant != 1} - legal.reduced
+    reduced = {x.name for x in (*b.axes, *legal.added) if x.extent.constant != 1} - parallel
     for name in sorted(stored.keys() & loaded.keys()):
         if len(stored[name] | loaded[name]) > 1:
             return f"'{name}' would be read and written at different elements"
-        if name in {*a.reads, *a.writes} and not parallel <= {n for i in next(iter(stored[name])) for n in i.names()}:
+        named = {n for i in next(iter(stored[name])) for n in i.names()}
+        if name in {*a.reads, *a.writes} and not (parallel if named.isdisjoint(reduced) else parallel | reduced) <= named:
             return f"'{name}' would be read at points that do not write it"
     return None
 

@@ -118,7 +118,7 @@ def _call(command: Sequence[str], folder: str | None) -> str:
         lines = done.stderr.decode("utf-8", "replace").strip().split("\n")
         first = next((x for x in lines if "error" in x.lower()), lines[0])
         raise ToolchainError(f"the C++ compiler {name} failed", why=first or f"exit status {done.returncode}",
-                             hint="FLAGTREE_DEBUG=4 keeps the source")  # fmt: skip
+                             hint="FLAGTREE_DEBUG=4 keeps the source as debug/failed/kernel.cpp in the cache folder")  # fmt: skip
     return done.stdout.decode("utf-8", "replace")
 
 
@@ -128,7 +128,14 @@ def compile_object(source: str, level: str, compiler: Compiler | None = None) ->
     compiler = compiler or find_compiler(machine_of(level))
     with tempfile.TemporaryDirectory(prefix="flagtree-") as folder:
         (Path(folder) / "kernel.cpp").write_text(source, encoding="utf-8")
-        _call([compiler.path, *flags(level, compiler), "-c", "kernel.cpp", "-o", "kernel.o"], folder)
+        try:
+            _call([compiler.path, *flags(level, compiler), "-c", "kernel.cpp", "-o", "kernel.o"], folder)
+        except ToolchainError:
+            if settings.debug >= 4:
+                kept = settings.cache_dir / "debug" / "failed" / "kernel.cpp"
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                kept.write_text(source, encoding="utf-8")
+            raise
         return _output(Path(folder) / "kernel.o", compiler)
 
 

@@ -177,3 +177,9 @@ def test_cpu_seconds_for_fifteen_kernels() -> None:
     cxx.build([kernel(float(f)) for f in range(2, 17)], CPU, 2)
     after = os.times()
     assert after.children_user + after.children_system - before.children_user - before.children_system < 20
+
+
+def test_the_source_of_a_failed_compile_is_kept_when_asked(tmp_path: Path) -> None:
+    with settings.override(debug=4, cache_dir=tmp_path), pytest.raises(ToolchainError, match="debug/failed/kernel.cpp"):
+        cxx.compile_object("this is no C++", "x86-64-v3")
+    assert (tmp_path / "debug" / "failed" / "kernel.cpp").read_text() == "this is no C++"
