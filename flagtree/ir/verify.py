@@ -71,6 +71,15 @@ def verify(program: Program) -> None:
             raise IRError(f"rule {rule.name} is broken: {rule.meaning}", where=f"program {program.name}, {where}", why=why)
 
 
+def unproved(program: Program, kernel: Kernel) -> str | None:
+    """The first kernel rule that `kernel` would break in `program`, with why, else None: what a pass asks before a rewrite."""
+    scope = k.KernelScope(program, kernel, Facts.of(program, kernel), frozenset(s.name for s in program.symbols), frozenset())
+    for rule in RULES:
+        for _, why in rule.of_kernel(scope) if rule.of_kernel is not None else ():
+            return f"{rule.name}, {why}"
+    return None
+
+
 def _scopes(program: Program) -> Iterator[k.KernelScope]:
     """One scope for each kernel, those in repeats included, and for each gemm's epilogue."""
     symbols = frozenset(s.name for s in program.symbols)

@@ -13,7 +13,8 @@ from flagtree.ir.dtypes import DTYPES
 from flagtree.ir.facts import Facts
 from flagtree.ir.index import ZERO, Bounds, Index, flatten, remainder, unflatten
 from flagtree.ir.program import Access, BodyOp, Buffer, Compute, Extern, IndexValue, Kernel, Load, Program, Reduce, Repeat, Scan, Store
-from flagtree.passes.base import Fuel, Report
+from flagtree.ir.verify import unproved
+from flagtree.passes.base import Fuel, Refused, Report
 from flagtree.passes.common_kernels import join_equal_kernels
 from flagtree.passes.rewrite import bounds, defined, dtypes_of, map_kernels, prune, rename, used, with_less
 from flagtree.targets.base import Target
@@ -31,6 +32,9 @@ class Canonicalize:
 
         def change(kernel: Kernel) -> Kernel:
             new = canonical_kernel(program, kernel)
+            if new is not kernel and (why := unproved(program, new)) is not None:
+                report.refused.append(Refused((kernel.name,), f"its canonical form cannot be proved: {why}"))
+                return kernel
             report.rewrites += new is not kernel
             return new
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from flagtree.ir.deps import dependences
 from flagtree.ir.dtypes import DTYPES
 from flagtree.ir.program import Kernel, Program, Reduce, Scan, Step
+from flagtree.ir.verify import unproved
 from flagtree.passes.base import Fuel, Refused, Report
 from flagtree.passes.canonicalize import canonical_kernel, drop_dead
 from flagtree.passes.merge import Legal, can_merge, merge, moved_reduction
@@ -69,10 +70,14 @@ class FusionWalk:
         if isinstance(verdict, Refused):
             self.report.refused.append(verdict)
             return False
+        legal, place = verdict
+        joined = canonical_kernel(self.program, merge(producer, consumer, legal, (frozenset(legal.flowing) - kept) | legal.overwritten))
+        if (why := unproved(self.program, joined)) is not None:  # right perhaps, but no reader could know
+            self.report.refused.append(Refused((producer.name, consumer.name), f"the joined kernel cannot be proved: {why}"))
+            return False
         if not self.fuel.take():
             return False
-        legal, place = verdict
-        self._join(a, b, merge(producer, consumer, legal, (frozenset(legal.flowing) - kept) | legal.overwritten), place)
+        self._join(a, b, joined, place)
         self.report.matched.append(f"{producer.name} + {consumer.name}")
         self.report.rewrites += 1
         return True
@@ -94,7 +99,7 @@ class FusionWalk:
     def _join(self, a: int, b: int, joined: Kernel, place: int) -> None:
         self._forget_reads(a)
         self._forget_reads(b)
-        self.steps[b] = canonical_kernel(self.program, joined)
+        self.steps[b] = joined
         self._note_reads(b)
         self.place[b] = place
         for x in self.before.pop(a):
@@ -130,11 +135,13 @@ class FusionWalk:
             if not isinstance(consumer, Kernel) or any(self._writes_between(n, a, b) for n in (*producer.reads, *producer.writes)):
                 continue
             legal = can_merge(self.program, producer, consumer, frozenset())
-            if isinstance(legal, Refused) or moved_reduction(producer, consumer, legal) or not self.fuel.take():
+            if isinstance(legal, Refused) or moved_reduction(producer, consumer, legal):
+                continue
+            joined = canonical_kernel(self.program, merge(producer, consumer, legal, frozenset(legal.flowing)))
+            if unproved(self.program, joined) is not None or not self.fuel.take():
                 continue
             self._forget_reads(b)
-            joined = merge(producer, consumer, legal, frozenset(legal.flowing))
-            self.steps[b] = canonical_kernel(self.program, joined)
+            self.steps[b] = joined
             self._note_reads(b)
             self.before[b] |= self.before[a]
             for x in self.before[a]:
