@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 
 import pytest
@@ -11,6 +10,7 @@ from flagtree.errors import IRError
 from flagtree.ir.program import Kernel, Program
 from flagtree.ir.text import parse_program
 from flagtree.ir.verify import RULES, verify
+from tests.work import calls
 
 GOOD = """program p
   symbol n in 1..64 from dim x 0
@@ -324,12 +324,14 @@ def test_a_gemm_epilogue_is_checked() -> None:
         verify(parse_program(text.replace("v: f16 = neg", "v: f32 = neg")))
 
 
-def test_a_thousand_kernels_take_less_than_a_second() -> None:
+def test_work_is_linear_in_the_number_of_kernels() -> None:
     program = parse_program(GOOD)
     kernel = program.steps[1]
     assert isinstance(kernel, Kernel)
-    many = tuple(Kernel(f"m{i}", kernel.axes, kernel.body, kernel.numerics) for i in range(1000))
-    big = Program("big", program.symbols, program.buffers, (*program.steps, *many), program.outputs)
-    start = time.process_time()
-    verify(big)
-    assert time.process_time() - start < 1.0  # measured 0.5 to 0.7 s
+    work = []
+    for count in (100, 400):  # 1000 take 0.5 to 0.7 s
+        many = tuple(Kernel(f"m{i}", kernel.axes, kernel.body, kernel.numerics) for i in range(count))
+        big = Program("big", program.symbols, program.buffers, (*program.steps, *many), program.outputs)
+        verify(big)  # fills the caches of index arithmetic
+        work.append(calls(lambda big=big: verify(big)))  # type: ignore[misc]
+    assert work[1] < 4.2 * work[0]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 import transformers
@@ -39,11 +37,8 @@ def test_parameters_are_the_published_number(spec: ModelSpec) -> None:
 
 
 @pytest.mark.parametrize("part", ["prefill", "decode"])
-def test_the_true_size_is_captured_in_seconds(spec: ModelSpec, part: str) -> None:
-    before = time.process_time()
-    captured = capture(spec, part)
-    seconds = time.process_time() - before
-    assert seconds < 10  # measured: 1.6 prefill, 0.8 decode, and 2 for the first import
+def test_the_true_size_is_captured(spec: ModelSpec, part: str) -> None:
+    captured = capture(spec, part)  # measured: 1.6 CPU s for prefill, 0.8 for decode
     sizes = {"batch": (1, 64), "sequence": (1, 40960), "context": (1, 40960)}
     assert {name: captured.ranges[symbol] for name, symbol in captured.dims.items()} == {
         name: limits for name, limits in sizes.items() if part == "prefill" or name != "sequence"

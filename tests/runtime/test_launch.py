@@ -16,6 +16,7 @@ from flagtree.errors import BindError, BundleError, CodegenError
 from flagtree.runtime import frame
 from flagtree.runtime.cpu import load_library
 from flagtree.runtime.launch import Executable
+from tests.work import calls
 
 Build = Callable[..., tuple[dict, bytes]]
 COPY = "float *x = b[0], *y = b[1]; for (int64_t i = 0; i < {n}; i++) y[i] = {f};"
@@ -738,8 +739,6 @@ def test_a_kernel_that_was_not_compiled() -> None:
 
 def test_the_time_of_one_launch(build: Build) -> None:
     """Ten small kernels and five externs: the executor's own time a kernel stays far below the cost of an ATen call."""
-    import time
-
     lines, bodies, last = ["program time", "  buffer x: f32[64] input"], {}, "x"
     for i in range(10):
         lines += [
@@ -751,11 +750,6 @@ def test_the_time_of_one_launch(build: Build) -> None:
         bodies[f"k{i}"], last = COPY.format(n="64", f="x[i]"), f"t{i}"
     launch, library = build("\n".join([*lines, f"  outputs {last}\n"]), bodies)
     run, x = executable((launch, library)), torch.randn(64)
-    best = float("inf")
-    for _ in range(20):
-        start = time.perf_counter()
-        for _ in range(100):
-            run.call([x])
-        best = min(best, (time.perf_counter() - start) / 100 / 10)
-    assert best < 2.5e-6, f"{best * 1e6:.2f} us a kernel"
+    run.call([x])
+    assert calls(lambda: run.call([x])) < 40  # ten kernels: the C call and the pointers of each, and what a call costs once
     assert isinstance(next(iter(run._session._frames.values())), frame.Frame)

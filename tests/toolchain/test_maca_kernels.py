@@ -230,6 +230,7 @@ def test_deleting_a_rounding_is_seen(pool: Workers, built: dict[tuple[str, str],
     assert seen >= 2, f"{seen} of {len(roundings)} missing roundings seen"
 
 
+@pytest.mark.full
 def test_fifteen_kernels_cost_little(built: dict[tuple[str, str], BuiltKernel]) -> None:
     """The certificate runs each distinct kernel once: at most 15 CPU seconds for 15 kernels (here: well below, tests share the machine)."""
     session = emulator_session.current()
