@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from flagtree.codegen import cpp_ops as ops
 from flagtree.codegen.cpp_layout import Layout
-from flagtree.ir.flat import operands, results
-from flagtree.ir.program import BodyOp, Compute, IndexValue, Load, Reduce, Scan, Store
+from flagtree.ir.flat import operands
+from flagtree.ir.program import BodyOp, Compute, IndexValue, Load, Reduce, Scan, Store, defined
 
 WORTH = 14           # cost, in vector instructions, from which a store and a load are cheaper
 STACK_BYTES = 1 << 17  # of all kept values of a row: well inside the smallest thread stack in use (OpenMP's 2 MiB)
@@ -42,7 +42,7 @@ def sweeps(layout: Layout, body: Sequence[BodyOp]) -> list[Sweep]:
     """What each sweep executes for one piece's body."""
     size = row_size(layout)
     budget = 0 if size is None else STACK_BYTES // (size * layout.widest)
-    defining = {n: op for op in body for n in results(op) if not isinstance(op, Reduce) and layout.is_swept(op)}
+    defining = {n: op for op in body for n in defined(op) if not isinstance(op, Reduce) and layout.is_swept(op)}
     executed: list[set[str]] = []
     kept: list[set[str]] = []
     out: list[tuple[list[BodyOp], list[str]]] = []
@@ -67,7 +67,7 @@ def sweeps(layout: Layout, body: Sequence[BodyOp]) -> list[Sweep]:
                     continue
             chosen.append(op)
             needed.update(operands(op))
-        executed.append({n for op in chosen for n in results(op)})
+        executed.append({n for op in chosen for n in defined(op)})
         kept.append(set())
         out.append((chosen[::-1], read[::-1]))
     return [Sweep(tuple(b), frozenset(k), tuple(r)) for (b, r), k in zip(out, kept, strict=True)]

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 from flagtree.errors import CodegenError
 from flagtree.ir.dtypes import DTYPES
-from flagtree.ir.flat import FlatKernel, operands, results
+from flagtree.ir.flat import FlatKernel, operands
 from flagtree.ir.index import ONE
-from flagtree.ir.program import Axis, BodyOp, Compute, IndexValue, Load, Reduce, Scan, Store
+from flagtree.ir.program import Axis, BodyOp, Compute, IndexValue, Load, Reduce, Scan, Store, defined
 
 WIDE_OPS = frozenset(("sin", "cos"))  # computed in f64 also for f32
 
@@ -137,7 +137,7 @@ def _levels(kernel: FlatKernel) -> dict[str, int]:
     level: dict[str, int] = {}
     for op in kernel.body:
         highest = max((level.get(n, 0) for n in operands(op)), default=0)
-        level.update((n, highest + isinstance(op, Reduce)) for n in results(op))
+        level.update((n, highest + isinstance(op, Reduce)) for n in defined(op))
     return level
 
 

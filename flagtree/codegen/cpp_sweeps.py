@@ -17,9 +17,9 @@ from flagtree.codegen.cpp_layout import Layout
 from flagtree.codegen.cpp_pair import is_paired
 from flagtree.codegen.segments import Segment, segments
 from flagtree.errors import CodegenError
-from flagtree.ir.flat import operands, results
+from flagtree.ir.flat import operands
 from flagtree.ir.index import Index
-from flagtree.ir.program import BodyOp, Reduce, Scan, Store
+from flagtree.ir.program import BodyOp, Reduce, Scan, Store, defined
 
 PARTIALS = 32
 ROW_BLOCK = 4096  # elements of a long row after which its partial states are joined; a multiple of PARTIALS
@@ -52,7 +52,7 @@ class RowWriter:
         body = self.layout.kernel.body
         hoisted = [op for op in body if self.layout.is_uniform(op) and self._level(op) == 0]
         lines = self._statements(hoisted, self._outer_scope(), vector=False)
-        done = {n for op in hoisted for n in results(op)}
+        done = {n for op in hoisted for n in defined(op)}
         pieces = segments(self.layout.kernel, lane.name)
         paired = is_paired(self.layout, pieces)
         for piece in pieces:
@@ -65,7 +65,7 @@ class RowWriter:
 
     def _level(self, op: BodyOp) -> int:
         """The first sweep before which an op outside sweeps can run."""
-        return max((self.layout.level.get(n, 0) for n in (*operands(op), *results(op))), default=0)
+        return max((self.layout.level.get(n, 0) for n in (*operands(op), *defined(op))), default=0)
 
     # -- the lane axis is reduced ------------------------------------------------------------------------------------
     def _reduced_row(self) -> list[str]:
@@ -236,7 +236,7 @@ class RowWriter:
     def _is_hoisted(self, op: BodyOp, done: set[str]) -> bool:
         if isinstance(op, Store):
             return self.layout.is_uniform(op) and self._level(op) == 0
-        return bool(done & set(results(op)))
+        return bool(done & set(defined(op)))
 
     def _inner_sweep(self, sweep: int, piece: Segment) -> list[str]:
         chosen = sweeps(self.layout, piece.body)[sweep].body
@@ -305,7 +305,7 @@ class RowWriter:
                 writer.lines.append(self._accumulate(op, self.layout.lane_reduced, "count" if paired else "n"))
             else:
                 writer.write(op)
-                writer.lines += [f"__builtin_memcpy({self._place(n, paired)}, &{n}, sizeof {n});" for n in results(op) if n in kept]
+                writer.lines += [f"__builtin_memcpy({self._place(n, paired)}, &{n}, sizeof {n});" for n in defined(op) if n in kept]
         return writer
 
     def _carry(self, op: Scan) -> str:

@@ -10,9 +10,9 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from flagtree.ir.flat import FlatKernel, map_indices, operands, results
+from flagtree.ir.flat import FlatKernel, map_indices, operands
 from flagtree.ir.index import ZERO, Bounds, Index, Quotient, Remainder, floordiv, remainder
-from flagtree.ir.program import Arg, BodyOp, Compute, IndexValue, Load, Reduce, Scan, Store
+from flagtree.ir.program import Arg, BodyOp, Compute, IndexValue, Load, Reduce, Scan, Store, defined
 
 MAX_POINTS = 7  # more pieces than eight cost more code than they save
 COMPARISONS = ("lt", "le", "gt", "ge")
@@ -199,7 +199,7 @@ def _live(body: list[BodyOp]) -> tuple[BodyOp, ...]:
     needed: set[str] = set()
     out: list[BodyOp] = []
     for op in reversed(body):
-        if isinstance(op, (Store, Reduce, Scan)) or needed & set(results(op)):
+        if isinstance(op, (Store, Reduce, Scan)) or needed & set(defined(op)):
             needed.update(operands(op))
             out.append(op)
     return tuple(reversed(out))

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from flagtree.codegen.triton_tile import Tile
 from flagtree.errors import CodegenError
-from flagtree.ir.flat import operands, results
-from flagtree.ir.program import BodyOp, Load, Reduce, Scan, Store
+from flagtree.ir.flat import operands
+from flagtree.ir.program import BodyOp, Load, Reduce, Scan, Store, defined
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class _Cut:
         for op in tile.body:
             level = max((self.level.get(n, 0) for n in operands(op)), default=0)
             self.at[op] = level
-            for name in results(op):
+            for name in defined(op):
                 self.maker[name] = op
                 self.level[name] = level + self._ends_loop(op)
         self._delay_stores()

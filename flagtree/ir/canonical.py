@@ -28,6 +28,7 @@ from flagtree.ir.program import (
     Step,
     Store,
     Symbol,
+    defined,
 )
 from flagtree.ir.text import print_program
 
@@ -149,13 +150,6 @@ def _local_names(kernel: Kernel) -> dict[str, str]:
     values = (n for op in kernel.body for n in defined(op))
     out.update((name, f"v{i}") for i, name in enumerate(values))
     return out
-
-
-def defined(op: BodyOp) -> tuple[str, ...]:
-    """The values that one body op defines."""
-    if isinstance(op, Reduce):
-        return op.names
-    return () if isinstance(op, Store) else (op.name,)
 
 
 def _rename_schedule(kernel: Kernel, names: dict[str, str]) -> Schedule | None:

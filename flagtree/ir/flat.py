@@ -140,11 +140,6 @@ def operands(op: BodyOp) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*names, *mask, *value)))
 
 
-def results(op: BodyOp) -> tuple[str, ...]:
-    """The SSA values that an op defines."""
-    return () if isinstance(op, Store) else op.names if isinstance(op, Reduce) else (op.name,)
-
-
 def _op_depends(op: BodyOp, depends: Mapping[str, frozenset[str]], axes: frozenset[str]) -> frozenset[str]:
     found: set[str] = set()
     for name in operands(op):

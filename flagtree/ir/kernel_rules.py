@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from flagtree.ir.canonical import defined
 from flagtree.ir.dtypes import DTYPES
 from flagtree.ir.facts import Facts
 from flagtree.ir.index import ZERO, Index, Quotient, floordiv, remainder
@@ -26,6 +25,7 @@ from flagtree.ir.program import (
     Scalar,
     Scan,
     Store,
+    defined,
 )
 
 Found = Iterator[tuple[BodyOp | None, str]]

@@ -140,6 +140,11 @@ class Store:
 BodyOp = Union[Load, Compute, Reduce, Scan, IndexValue, Store]
 
 
+def defined(op: BodyOp) -> tuple[str, ...]:
+    """The SSA values that a body op defines."""
+    return () if isinstance(op, Store) else op.names if isinstance(op, Reduce) else (op.name,)
+
+
 @dataclass(frozen=True, slots=True)
 class Numerics:
     """`rounding`: eager (round where eager rounds) or fused.  `fp_contract`: may a*b+c become one fma.  `accumulator`: type of sums."""

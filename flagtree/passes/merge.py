@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 from flagtree.ir.dtypes import DTYPES
 from flagtree.ir.index import ZERO, Index
-from flagtree.ir.program import Access, Axis, BodyOp, Compute, Kernel, Load, Numerics, Program, Reduce, Scan, Store
+from flagtree.ir.program import Access, Axis, BodyOp, Compute, Kernel, Load, Numerics, Program, Reduce, Scan, Store, defined
 from flagtree.passes.base import Refused
-from flagtree.passes.rewrite import EXPENSIVE, defined, free_axes, rename, renumber, used
+from flagtree.passes.rewrite import EXPENSIVE, free_axes, rename, renumber, used
 
 
 @dataclass(frozen=True, slots=True)

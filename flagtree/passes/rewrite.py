@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from flagtree.ir.index import Bounds, Index
-from flagtree.ir.program import Access, Axis, BodyOp, Compute, IndexValue, Kernel, Load, Program, Reduce, Scan, Store
+from flagtree.ir.program import Access, Axis, BodyOp, Compute, IndexValue, Kernel, Load, Program, Reduce, Scan, Store, defined
 
 EXPENSIVE = frozenset(
     {
@@ -17,13 +17,6 @@ EXPENSIVE = frozenset(
         "asin", "acos", "atan", "sinh", "cosh", "sqrt", "rsqrt", "div",
     }
 )  # fmt: skip
-
-
-def defined(op: BodyOp) -> tuple[str, ...]:
-    """The values an op defines."""
-    if isinstance(op, Store):
-        return ()
-    return op.names if isinstance(op, Reduce) else (op.name,)
 
 
 def dtypes_of(op: BodyOp) -> tuple[str, ...]:
