@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json as json_module
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -74,23 +74,21 @@ def numbered(names: Iterable[str]) -> str:
 
 
 def _print_facts(console: Console, facts: Mapping[str, Any]) -> None:
-    from rich.table import Table
-    from rich.text import Text
+    from flagtree.cli.table import print_facts, size
 
-    from flagtree.cli.table import size
+    print_facts(console, _facts(facts, size))
 
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    table.add_row("bundle", Text(f"{facts['path']}, {size(facts['bytes'])} in {len(facts['files'])} files"))
-    table.add_row("digest", facts["digest"])
-    table.add_row("trusted", "yes, built by this machine's store" if facts["trusted"] else "no; running it needs its digest named")
+
+def _facts(facts: Mapping[str, Any], size: Callable[[int], str]) -> Iterable[tuple[str, str | Path]]:
+    yield "bundle", Path(facts["path"])
+    yield "size", f"{size(facts['bytes'])} in {len(facts['files'])} files"
+    yield "digest", facts["digest"]
+    yield "trusted", "yes, built by this machine's store" if facts["trusted"] else "no; running it needs its digest named"
     tiers = ", ".join(f"{count} at tier {tier}" for tier, count in facts["tiers"].items())
-    table.add_row("kernels", f"{len(facts['kernels'])} distinct: {tiers}")
+    yield "kernels", f"{len(facts['kernels'])} distinct: {tiers}"
     for missing in dict.fromkeys(kernel["missing"] for kernel in facts["kernels"].values() if kernel["missing"]):
-        table.add_row("missing", Text(missing))
+        yield "missing", missing
     if facts["libraries"]:
-        table.add_row("levels", ", ".join(facts["libraries"]))
-    table.add_row("built by", Text(", ".join(f"{name} {version}" for name, version in facts["versions"].items()) or "not said"))
-    table.add_row("certificate", "none" if facts["certificate"] is None else "`flagtree explain certificate BUNDLE` shows it")
-    console.print(table)
+        yield "levels", ", ".join(facts["libraries"])
+    yield "built by", ", ".join(f"{name} {version}" for name, version in facts["versions"].items()) or "not said"
+    yield "certificate", "none" if facts["certificate"] is None else "`flagtree explain certificate BUNDLE` shows it"

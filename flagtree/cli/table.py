@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -23,12 +24,9 @@ UNITS = ("B", "kB", "MB", "GB", "TB")
 def print_report(report: CompileReport, console: Console) -> None:
     """Every bundle of the report, one after the other."""
     for bundle in report.bundles:
-        console.print(render_bundle(report.model, bundle))
-
-
-def render_bundle(model: str, bundle: BundleReport) -> RenderableType:
-    """The tables of each part, then the facts of the bundle."""
-    return Group(*(render_part(model, part) for part in bundle.parts), _facts(bundle))
+        console.print(Group(*(render_part(report.model, part) for part in bundle.parts)))
+        print_facts(console, _facts(bundle))
+        console.print()
 
 
 def render_part(model: str, part: PartReport) -> RenderableType:
@@ -105,22 +103,30 @@ def _totals(part: PartReport) -> Iterable[Text]:
     yield Text.assemble(("weights ", "bold"), f"{part.weights} by name")
 
 
-def _facts(bundle: BundleReport) -> RenderableType:
+def print_facts(console: Console, facts: Iterable[tuple[str, str | Path]]) -> None:
+    """`name  value` lines.  Text is wrapped beside its name; a path is never broken, so that it can be copied and a script can read it."""
+    facts = list(facts)
+    width = 2 + max(len(name) for name, _ in facts)
+    for name, value in facts:
+        head = Text(name.ljust(width), "bold")
+        if isinstance(value, Path):
+            console.print(head + Text(str(value)), soft_wrap=True)
+        else:
+            lines = Text(value).wrap(console, max(console.width - width, 20))
+            console.print(head + Text("\n" + " " * width).join(lines), soft_wrap=True)
+
+
+def _facts(bundle: BundleReport) -> Iterable[tuple[str, str | Path]]:
     """Where the bundle is, how far its kernels got and why not further, what was executed, what took the time."""
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    table.add_row("bundle", Text(bundle.path))
-    table.add_row("digest", bundle.digest)
-    table.add_row("kernels", f"{bundle.kernels} distinct: " + ", ".join(f"{count} at tier {tier}" for tier, count in bundle.tiers.items()))
+    yield "bundle", Path(bundle.path)
+    yield "digest", bundle.digest
+    yield "kernels", f"{bundle.kernels} distinct: " + ", ".join(f"{count} at tier {tier}" for tier, count in bundle.tiers.items())
     for missing in dict.fromkeys(row.missing for part in bundle.parts for row in part.kernels if row.missing):
-        table.add_row("missing", Text(missing))
-    ran = ", ".join(f"{count} {how}" for how, count in bundle.executed.items())
-    table.add_row("executed", Text(ran or "nothing"))
+        yield "missing", missing
+    yield "executed", ", ".join(f"{count} {how}" for how, count in bundle.executed.items()) or "nothing"
     spent = ["nothing to compile, taken from the store"] if bundle.cached else []
     spent += [f"{phase} {value:.1f} s" for phase, value in bundle.seconds.items()]
-    table.add_row("time", Text(", ".join(spent) or "-"))
-    return Group(table, Text())
+    yield "time", ", ".join(spent) or "-"
 
 
 def stored_report(coverage: Any) -> PartReport | None:
