@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import re
+from collections.abc import Iterator
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 
 from flagtree.errors import IRError
-from flagtree.ir.program import Kernel, Program
+from flagtree.ir import element_rules, kernel_rules, program_rules
+from flagtree.ir.program import Kernel, Program, Repeat
 from flagtree.ir.text import parse_program
 from flagtree.ir.verify import RULES, verify
 from tests.work import calls
@@ -80,6 +86,8 @@ BROKEN = {
         ("f = (h, h)", "f = (h, y)"),
         ("f = (h, h)", "g = (h, h)"),
         ("f = (h, h)", "f = (h, z)"),
+        ("f = (h, h)", "f = (h, h), f = (h, h)"),
+        ("      store f[i, j] = a", "      store h[i, j] = a"),
     ],
     "ssa-defined": [("add e, g", "add z, g"), ("if q else", "if qq else"), ("y[i, j] = z", "y[i, j] = zz")],
     "reduce-before-use": [("    s: f32 = sum a over r\n    b: f32 = mul a, s", "    b: f32 = mul a, s\n    s: f32 = sum a over r")],
@@ -98,12 +106,17 @@ BROKEN = {
         ("p: i64 = index", "p: f32 = index"),
         ("store y[i, j] = z", "store y[i, j] = p"),
         ("store y[i, j] = z", "store y[e, j] = z"),
+        ("s: f32 = sum a", "s: f32 = any a"),
+        ("z: f32 = add e, g", "z: f32 = add e, d"),
+        ("z: f32 = add e, g", "z: f32 = where e, e, g"),
+        ("z: f32 = add e, g", "z: f32 = bitcast d"),
     ],
     "literal-fits": [
         ("else 0.0", "else true"),
         ("ge p, 0", "ge p, 0.5"),
         ("add u, 1.0", "add u, false"),
         ("ge p, 0", "ge p, 9223372036854775808"),
+        ("ge p, 0", "ge 1, 0"),
     ],
     "reduce-axis-kind": [
         ("reduce {r < m}", "parallel {r < m}"),
@@ -166,6 +179,33 @@ def test_the_good_program_passes() -> None:
 
 def test_every_rule_is_broken_here() -> None:
     assert set(BROKEN) == {r.name for r in RULES}
+
+
+@pytest.mark.parametrize("module", [program_rules, kernel_rules, element_rules], ids=lambda m: m.__name__.rpartition(".")[2])
+def test_every_reason_of_a_rule_is_given_here(module: ModuleType) -> None:
+    """Each sentence with which a check can refuse, read off its source, is the answer to one of the broken programs."""
+    given = {why for changes in BROKEN.values() for old, new in changes for why in _reasons(GOOD.replace(old, new, 1))}
+    given |= {why for program in _other_ways().values() for why in _reasons(program)}
+    missing = [s for s in _sentences(module) if not any(re.fullmatch(s, why) for why in given)]
+    assert not missing, "\n".join(missing)
+
+
+def _reasons(program: Program | str) -> list[str]:
+    with pytest.raises(IRError) as caught:
+        verify(parse_program(program) if isinstance(program, str) else program)
+    return [caught.value.why]
+
+
+def _sentences(module: ModuleType) -> Iterator[str]:
+    """Patterns of the texts that a module's functions yield or return as the reason of a refusal."""
+    for node in ast.walk(ast.parse(inspect.getsource(module))):
+        if isinstance(node, ast.Yield | ast.Return):
+            reason = node.value.elts[-1] if isinstance(node.value, ast.Tuple) else node.value
+            for text in (reason.body, reason.orelse) if isinstance(reason, ast.IfExp) else (reason,):
+                if isinstance(text, ast.JoinedStr):
+                    yield "".join(re.escape(v.value) if isinstance(v, ast.Constant) else ".*" for v in text.values)
+                elif isinstance(text, ast.Constant) and isinstance(text.value, str):
+                    yield re.escape(text.value)
 
 
 @pytest.mark.parametrize(("rule", "old", "new"), [(rule, *change) for rule, changes in BROKEN.items() for change in changes])
@@ -264,13 +304,47 @@ def test_two_stores_with_contradicting_masks() -> None:
             verify(parse_program(text.replace("RIGHT", right)))
 
 
-def test_a_store_mode_that_does_not_exist() -> None:
-    program = parse_program(GOOD)
-    kernel = program.steps[0]
-    assert isinstance(kernel, Kernel)
-    store = replace(kernel.stores[0], mode="min")
-    with pytest.raises(IRError, match="'min' is no store mode"):
-        verify(program.with_(steps=(replace(kernel, body=(*kernel.body[:-1], store)), *program.steps[1:])))
+def test_a_race_of_reduced_points_in_place_is_refused() -> None:
+    """Inside the sweep over both reduce axes, at an element that only one of them decides, the other one's points race."""
+    text = """program p
+  buffer x: f32[8] state
+  buffer z: f32[8, 4] input
+  kernel k reduce {i < 8, j < 4} numerics(eager, contract=off, acc=f32)
+    a: f32 = load x[i]
+    b: f32 = load z[i, j]
+    s: f32 = sum b over i, j
+    t: f32 = mul a, s
+    store x[i] = t
+  outputs x
+"""
+    with pytest.raises(IRError, match="rule in-place-same-element .*\n.*\n.*points of axis 'j' load"):
+        verify(parse_program(text))
+    verify(parse_program(text.replace("f32[8] state", "f32[8, 4] state").replace("x[i]", "x[i, j]")))
+
+
+def _other_ways() -> dict[str, Program]:
+    """What the text form cannot say, or the parser refuses before the verifier sees it."""
+    good = parse_program(GOOD)
+    kernel, layers = good.steps[0], good.steps[2]
+    assert isinstance(kernel, Kernel) and isinstance(layers, Repeat)
+    symbol, buffer, axis = good.symbols[0], good.buffers[0], kernel.axes[0]
+    return {
+        "not a name": good.with_(symbols=(replace(symbol, name="1n"), *good.symbols[1:])),
+        "'pool' is no role": good.with_(buffers=(replace(buffer, role="pool"), *good.buffers[1:])),
+        "'guess' is no source": good.with_(symbols=(replace(symbol, source=("guess", "x", 0)), *good.symbols[1:])),
+        "count -1": good.with_(steps=(*good.steps[:2], replace(layers, count=-1))),
+        "'min' is no store mode": _with_first(good, replace(kernel, body=(*kernel.body[:-1], replace(kernel.stores[0], mode="min")))),
+        "axis 'i' is 'serial'": _with_first(good, replace(kernel, axes=(replace(axis, kind="serial"), *kernel.axes[1:]))),
+    }
+
+
+def _with_first(program: Program, step: Kernel) -> Program:
+    return program.with_(steps=(step, *program.steps[1:]))
+
+
+@pytest.mark.parametrize("reason", _other_ways())
+def test_what_no_text_says_is_refused_too(reason: str) -> None:
+    assert _reasons(_other_ways()[reason])[0].startswith(reason)
 
 
 def test_a_race_of_parallel_points_in_place_is_refused() -> None:
