@@ -159,7 +159,7 @@ class Bundle:
     def part(self, name: str) -> dict:
         """The launch list of a part."""
         if name not in self.manifest.parts:
-            raise BundleError(f"the bundle has no part '{name}'", where=str(self.path), why=f"parts: {', '.join(self.manifest.parts)}")
+            raise BundleError(f"the bundle has no part '{name}'", where=str(self.path), hint=f"its parts: {', '.join(self.manifest.parts)}")
         launch = parse_json(self.read(f"launch/{name}.json"), f"launch/{name}.json")
         if not isinstance(launch, dict):
             raise BundleError("a launch list is not an object", where=f"{self.path}/launch/{name}.json")

@@ -84,7 +84,8 @@ def open_container(path: Path) -> Container:
         return _Folder(path, _list_folder(path))
     if stat.S_ISREG(mode):
         return _Archive(path, _list_archive(path))
-    raise BundleError("not a bundle", where=str(path), why="neither a folder nor a file")
+    why, hint = "neither a folder nor a file", "flagtree compile MODEL --out DIR writes one"
+    raise BundleError("not a bundle", where=str(path), why=why, hint=hint)
 
 
 def _list_folder(root: Path) -> dict[str, int]:

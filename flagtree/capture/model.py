@@ -31,6 +31,10 @@ _EXAMPLE = {"batch": 3, "sequence": 11, "context": 53}
 
 _WRAPPER = "model."  # where `_Part` keeps the model
 
+# what to try where a whole model cannot be captured
+_PER_GRAPH = '`torch.compile(model, backend="flagtree")` captures graph by graph and leaves the rest of the code as it is'
+_COMPARE_CONFIG = "compare `config` in the description with the model's own config.json"
+
 
 class _Part(torch.nn.Module):
     """What is exported: ids [B, S], start [B], last [B] (prefill only) and the caches in, logits [B, vocabulary] out.
@@ -96,14 +100,18 @@ def _build(spec: ModelSpec, layers: int, element: torch.dtype) -> tuple[PreTrain
         raise CaptureError("capturing a model needs transformers", where=spec.name, why=str(error), hint=hint) from error
     model_class = getattr(transformers, spec.architecture, None)
     if not isinstance(model_class, type) or not issubclass(model_class, transformers.PreTrainedModel):
-        raise CaptureError(f"transformers {transformers.__version__} has no model class '{spec.architecture}'", where=spec.name)
+        raise CaptureError(
+            f"transformers {transformers.__version__} has no model class '{spec.architecture}'", where=spec.name,
+            hint="`architecture` in the description is the class named under \"architectures\" in the model's config.json",
+        )
     config = _configuration(spec, model_class.config_class, layers)
     config._attn_implementation = register_attention()
     try:
         with _default_dtype(element), torch.device("meta"):
             model: PreTrainedModel = model_class(config)
     except Exception as error:  # whatever a model's own code raises for numbers that do not fit together
-        raise CaptureError("the model cannot be built", where=spec.name, why=f"{type(error).__name__}: {error}") from error
+        why = f"{type(error).__name__}: {error}"
+        raise CaptureError("the model cannot be built", where=spec.name, why=why, hint=_COMPARE_CONFIG) from error
     return model.eval().requires_grad_(False), config
 
 
@@ -114,7 +122,7 @@ def _configuration(spec: ModelSpec, config_class: type[PreTrainedConfig] | None,
     full-attention decoder lacks, at any depth.
     """
     if config_class is None:
-        raise CaptureError(f"{spec.architecture} has no configuration class", where=spec.name)
+        raise CaptureError(f"{spec.architecture} has no configuration class", where=spec.name, hint="name the class of one model family")
     known = set(config_class().to_dict()) | {"rope_theta", "rope_scaling", "model_type"}
     for field in spec.config:
         near = difflib.get_close_matches(field, sorted(known - set(spec.config)), n=1, cutoff=0.85) if field not in known else ()
@@ -133,13 +141,14 @@ def _configuration(spec: ModelSpec, config_class: type[PreTrainedConfig] | None,
         kinds = getattr(full, "layer_types", None) or []
         config = config_class(**{**fields, "num_hidden_layers": layers, **({"layer_types": kinds[:layers]} if kinds else {})})
     except Exception as error:  # transformers validates with several exception types; each means a wrong configuration
-        raise CaptureError("transformers refuses the configuration", where=spec.name, why=str(error)) from error
+        raise CaptureError("transformers refuses the configuration", where=spec.name, why=str(error), hint=_COMPARE_CONFIG) from error
     if others := sorted(set(kinds) - {"full_attention"}):
-        raise CaptureError("only full attention is captured", where=spec.name, why=f"layer_types holds {', '.join(others)}")
+        why = f"layer_types holds {', '.join(others)}"
+        raise CaptureError("only full attention is captured", where=spec.name, why=why, hint=_PER_GRAPH)
     rope = getattr(full, "rope_parameters", None) or {}
     if rope.get("rope_type") in ("dynamic", "longrope"):
         why = f"rotary frequencies of type '{rope['rope_type']}' change with the length of the text"
-        raise CaptureError("the rotary positions depend on data", where=spec.name, why=why)
+        raise CaptureError("the rotary positions depend on data", where=spec.name, why=why, hint=_PER_GRAPH)
     for field, described in (("head_dim", spec.head_width), ("num_key_value_heads", spec.key_heads)):
         taken = getattr(full, field, None) or described
         if taken != described:
@@ -168,7 +177,7 @@ def _constants(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, to
                     real = type(module)(config)
             except TypeError as error:
                 why = f"{type(module).__name__} cannot be built from the configuration alone: {error}"
-                raise CaptureError("a table that is not a weight cannot be computed", where=path, why=why) from error
+                raise CaptureError("a table that is not a weight cannot be computed", where=path, why=why, hint=_PER_GRAPH) from error
             for name in sorted(module._non_persistent_buffers_set):
                 found[f"{path}.{name}"] = real.get_buffer(name).detach().clone()
     return found
@@ -226,7 +235,8 @@ def _export(part: _Part, arguments: tuple, dims: tuple, where: str) -> ExportedP
     except CaptureError:
         raise
     except Exception as error:  # export raises what the model's own code raises, and its own constraint violations
-        raise CaptureError("the model cannot be traced", where=where, why=f"{type(error).__name__}: {error}") from error
+        hint = f"TORCH_LOGS=+dynamic names the line of the model's code; {_PER_GRAPH}"
+        raise CaptureError("the model cannot be traced", where=where, why=f"{type(error).__name__}: {error}", hint=hint) from error
 
 
 def _layer_prefix(model: torch.nn.Module, layers: int, where: str) -> str:
@@ -239,7 +249,8 @@ def _layer_prefix(model: torch.nn.Module, layers: int, where: str) -> str:
         and all(any(getattr(m, "layer_idx", None) == i for m in layer.modules()) for i, layer in enumerate(module))
     ]
     if len(found) != 1:
-        raise CaptureError("the decoder layers cannot be told apart", where=where, why=f"candidates: {', '.join(found) or 'none'}")
+        why = f"candidates: {', '.join(found) or 'none'}"
+        raise CaptureError("the decoder layers cannot be told apart", where=where, why=why, hint=_PER_GRAPH)
     return found[0]
 
 
@@ -271,7 +282,9 @@ def _captured(
                 qualified = next(user_names)
                 role = "state" if "_cache." in qualified else "input"
         else:
-            raise CaptureError(f"the trace holds a tensor of its own, {argument.arg.name}", where=where, why=f"kind {argument.kind.name}")
+            hint = "register the tensor that the model's code makes as a buffer of its module"
+            why = f"kind {argument.kind.name}"
+            raise CaptureError(f"the trace holds a tensor of its own, {argument.arg.name}", where=where, why=why, hint=hint)
         unused = not node.users and (value is None or role == "constant" or target in tied.values() or target in tied)
         if unused:  # the absent `last`, a table nobody reads, the second name of a tied weight
             graph_module.graph.erase_node(node)
@@ -289,7 +302,8 @@ def _captured(
         raise CaptureError("the decoder layers are not alike", where=where, hint="only models whose layers repeat are captured")
     count = len(captured.qualified_names("weight"))
     if spec.capture.weights not in (None, count):
-        raise CaptureError(f"the model has {count} weights, its description says {spec.capture.weights}", where=where)
+        hint = f"correct `config` or `capture.weights`; {count} is what transformers builds from this configuration"
+        raise CaptureError(f"the model has {count} weights, its description says {spec.capture.weights}", where=where, hint=hint)
     return captured
 
 
@@ -330,8 +344,11 @@ def _sizes(
         symbol = str(size.node.expr) if isinstance(size, torch.SymInt) else None
         if symbol is None or ranges.get(symbol) != _traced(tuple(limits)):
             got = f"the fixed size {size}" if symbol is None else f"{symbol} in {ranges.get(symbol)}"
-            raise CaptureError(f"the {name} size was specialised by the model's code", where=where, why=f"{got} where {limits} is promised")
+            why = f"{got} where {limits} is promised"
+            hint = f"TORCH_LOGS=+dynamic names the line; or bound `{name}` to what the code allows"
+            raise CaptureError(f"the {name} size was specialised by the model's code", where=where, why=why, hint=hint)
         dims[name], ranges[symbol] = symbol, tuple(limits)
     if extra := set(ranges) - set(dims.values()):
-        raise CaptureError("the model has sizes that depend on data", where=where, why=f"symbols {', '.join(sorted(extra))}")
+        why = f"symbols {', '.join(sorted(extra))}"
+        raise CaptureError("the model has sizes that depend on data", where=where, why=why, hint=_PER_GRAPH)
     return dims, ranges

@@ -69,4 +69,5 @@ def _read(file: Path) -> str:
     try:
         return sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise IRError("the program cannot be read", where=str(file), why=str(error)) from None
+        hint = "name a file of IR text (docs/architecture.md), or - for standard input"
+        raise IRError("the program cannot be read", where=str(file), why=str(error), hint=hint) from None

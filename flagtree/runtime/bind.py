@@ -31,7 +31,7 @@ def check_names(given: Collection[str], wanted: Sequence[str], part: str) -> Non
     for name in unknown[:5]:
         near = difflib.get_close_matches(str(name), missing or wanted, n=1, cutoff=0.4)
         lines.append(f"unknown: {name}" + (f" (did you mean {near[0]}?)" if near else ""))
-    raise BindError(f"{part} was given other tensors than it takes", why="; ".join(lines))
+    raise BindError(f"{part} was given other tensors than it takes", why="; ".join(lines), hint="`flagtree inspect BUNDLE` lists them")
 
 
 class Checker:
@@ -99,7 +99,8 @@ class Checker:
         written = set(self.written)
         for start, end, name in spans:
             if start < reach and (name in written or holder in written):
-                raise BindError(f"{name} and {holder} share memory", why=f"{name if name in written else holder} is written in place")
+                changed = name if name in written else holder
+                raise BindError(f"{name} and {holder} share memory", why=f"{changed} is written in place", hint=f"pass {changed}.clone()")
             if end > reach:
                 reach, holder = end, name
 
@@ -124,7 +125,8 @@ def _check_kind(name: str, layout: Layout, value: Any) -> None:
     if not isinstance(value, torch.Tensor):
         raise BindError(f"{name} must be a tensor", why=f"it is a {type(value).__name__}")
     if value.dtype is not layout.dtype:
-        raise BindError(f"{name} has the wrong element type", why=f"{value.dtype} instead of {layout.dtype}")
+        hint = f"pass {name}.to({layout.dtype})"
+        raise BindError(f"{name} has the wrong element type", why=f"{value.dtype} instead of {layout.dtype}", hint=hint)
     if value.device.type != "cpu" or value.layout is not torch.strided:
         raise BindError(f"{name} is not a plain tensor in main memory", why=f"{value.layout} on {value.device}", hint=f"pass {name}.cpu()")
     if value.is_neg():  # conjugate views are complex, and no element type of ours is

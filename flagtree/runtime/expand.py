@@ -85,7 +85,8 @@ def expand(launch: Mapping[str, Any]) -> Unrolled:
     """Validate and unroll.  BundleError for another format, a missing field or an undeclared name."""
     try:
         if launch["format"] != FORMAT:
-            raise BundleError("the launch list has another format", why=f"format {launch['format']!r}, this flagtree reads {FORMAT}")
+            why = f"format {launch['format']!r}, this flagtree reads {FORMAT}"
+            raise BundleError("the launch list has another format", why=why, hint="compile the bundle again with this flagtree")
         out = Unrolled(launch["name"], list(launch["symbols"]), {}, list(launch["outputs"]))
         for record in launch["buffers"]:
             buffer = _declared(record)

@@ -310,6 +310,7 @@ def check_symbol(symbol: SymbolSpec, value: int) -> None:
     """BindError when a value breaks the symbol's promise."""
     where = f"{symbol.kind} {symbol.dimension} of {symbol.buffer}" if symbol.kind != "scalar" else symbol.buffer
     if not symbol.lo <= value <= symbol.hi:
-        raise BindError(f"{symbol.name} = {value} is out of range", where=where, why=f"{symbol.lo} to {symbol.hi} is promised")
+        hint = "what was compiled covers no other size: compile for a wider range"
+        raise BindError(f"{symbol.name} = {value} is out of range", where=where, why=f"{symbol.lo} to {symbol.hi} is promised", hint=hint)
     if value % symbol.multiple:
         raise BindError(f"{symbol.name} = {value} is not a multiple of {symbol.multiple}", where=where)

@@ -111,9 +111,11 @@ def _call(command: Sequence[str], folder: str | None) -> str:
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, timeout=TIMEOUT, stdin=subprocess.DEVNULL, check=False)
     except subprocess.TimeoutExpired as error:
-        raise ToolchainError(f"the C++ compiler {name} did not finish", why=f"it ran for {TIMEOUT:.0f} s") from error
+        hint = "set FLAGTREE_CXX to another compiler"
+        raise ToolchainError(f"the C++ compiler {name} did not finish", why=f"it ran for {TIMEOUT:.0f} s", hint=hint) from error
     except OSError as error:
-        raise ToolchainError(f"the C++ compiler {name} cannot be started", where=command[0], why=error.strerror or str(error)) from error
+        why, hint = error.strerror or str(error), "set FLAGTREE_CXX to another compiler"
+        raise ToolchainError(f"the C++ compiler {name} cannot be started", where=command[0], why=why, hint=hint) from error
     if done.returncode:
         lines = done.stderr.decode("utf-8", "replace").strip().split("\n")
         first = next((x for x in lines if "error" in x.lower()), lines[0])
