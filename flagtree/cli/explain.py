@@ -5,6 +5,7 @@ The texts are docs/explain/*.md; the evidence is read and verified, and none of 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -43,6 +44,8 @@ def run(
     text = topics.read_topic(topic)
     if bundle is None:
         _print_markdown(text)
+        for line in _refused_graphs() if topic == "extern" else ():
+            typer.echo(line)
         return
     evidence = EVIDENCE.get(topic)
     if evidence is None:
@@ -75,6 +78,16 @@ def _externs(bundle: Bundle) -> Iterator[str]:
         yield f"{part}: {sum(row['count'] for row in rows)} extern calls"
         for row in sorted(rows, key=lambda r: (-r["count"], r["callee"])):
             yield f"  {row['count']:>5}  {row['callee']}: {row['reason'] or 'no reason was recorded'}"
+
+
+def _refused_graphs() -> Iterator[str]:
+    """Graphs of torch.compile that the store keeps as refused: each runs whole, as one extern."""
+    from flagtree.artifact.store import Store
+
+    reasons = Counter(str(meta["refused"]) for meta in Store().stored("graph") if "refused" in meta)
+    if reasons:
+        yield "\nGraphs of torch.compile in this store that run whole, as one extern:"
+    yield from (f"  {count:>5}  {reason}" for reason, count in reasons.most_common())
 
 
 def _refusals(bundle: Bundle) -> Iterator[str]:

@@ -83,7 +83,8 @@ def _compiled_whole(module: fx.GraphModule) -> Callable[..., Any]:
         return _built(module, key, level)
     except ToolchainError:
         raise
-    except CaptureError as refusal:  # not a failure: no program carries what this graph does
+    except CaptureError as refusal:  # not a failure: no program carries what this graph does, and the next start need not find out again
+        _keep(key, [], {"refused": refusal.what}, {})  # as it is a graph is right for all sizes that Dynamo's guards let through
         return _as_it_is(module, refusal.what)
     except Exception as error:
         if settings.on_error == "raise":
@@ -127,6 +128,8 @@ def _from_store(module: fx.GraphModule, key: CaptureKey) -> Callable[..., Any] |
         return None
     if settings.debug:
         sys.stderr.write(f"flagtree graph-{key.digest[:16]}: from the store\n")
+    if "refused" in meta:
+        return _as_it_is(module, meta["refused"])
     constants = {}
     if "constants.safetensors" in entry.files:
         import safetensors.torch
@@ -162,19 +165,24 @@ def _built(module: fx.GraphModule, key: CaptureKey | None, level: str) -> Callab
 
     name = f"graph-{key.digest[:16]}" if key else "graph"
     graph = compile_graph(module, key.renamed if key else {}, level, settings.jobs, name)
-    if key is not None and graph.conditions is not None:
-        content = {"graph.json": canonical_json({"launch": graph.launch, "results": graph.results, "conditions": graph.conditions})}
-        if graph.library:
-            content["kernels.so"] = graph.library
-        if graph.constants:
-            import safetensors.torch
+    files = {"kernels.so": graph.library} if graph.library else {}
+    if graph.constants:
+        import safetensors.torch
 
-            content["constants.safetensors"] = safetensors.torch.save({n: t.contiguous() for n, t in graph.constants.items()})
-        try:
-            Store().put(KIND, key.digest, content)
-        except StoreError as error:
-            log.warning("compiled, but not kept: %s", error)
+        files["constants.safetensors"] = safetensors.torch.save({n: t.contiguous() for n, t in graph.constants.items()})
+    _keep(key, graph.conditions, {"launch": graph.launch, "results": graph.results}, files)
     return Callee(module, graph.launch, graph.library, graph.results, graph.constants)
+
+
+def _keep(key: CaptureKey | None, conditions: list | None, graph: dict[str, Any], files: dict[str, bytes]) -> None:
+    """Store what a graph became under its capture key, where it has one and its conditions can be written down."""
+    if key is None or conditions is None:
+        return
+    content = {"graph.json": canonical_json({**graph, "conditions": conditions}), **files}
+    try:
+        Store().put(KIND, key.digest, content, {"refused": graph["refused"]} if "refused" in graph else None)
+    except StoreError as error:
+        log.warning("compiled, but not kept: %s", error)
 
 
 class Callee:

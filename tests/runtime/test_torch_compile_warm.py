@@ -80,6 +80,23 @@ def _python(program: str, cache: Path, **environment: str) -> subprocess.Complet
     return subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=120, check=False)
 
 
+# no index expression says the size of the result, so no program carries the graph
+REFUSED = """
+import torch
+from flagtree.runtime.compile import backend
+
+def resized(x):
+    return torch.nn.functional.interpolate(x[None, None], scale_factor=(x.shape[0] / 3, 1.5)) * 2
+
+with torch.no_grad():
+    compiled = torch.compile(resized, backend=backend, dynamic=True)
+    for rows in (6, 9):
+        x = torch.randn(rows, 4)
+        torch.testing.assert_close(compiled(x), resized(x), rtol=0, atol=0)
+print("right")
+"""
+
+
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory: pytest.TempPathFactory, _environment: None) -> Path:
     """A store that has run the program once."""
@@ -130,6 +147,17 @@ def test_a_hit_guards_as_the_first_compilation_did(tmp_path: Path) -> None:
     for order in ("(4, 8)", "(4, 7, 6)", "(9, 4)"):
         done = _python(SIZES.replace("ORDER", order), tmp_path)
         assert done.stdout == "right\n", (order, done.stderr)
+
+
+def test_a_refused_graph_is_not_traced_again(tmp_path: Path) -> None:
+    """The refusal is kept like a launch list, said again at each start, and listed by `flagtree explain extern`."""
+    reason = "no program carries this graph: size "
+    cold = _python(REFUSED, tmp_path)
+    assert cold.stdout == "right\n" and reason in cold.stderr, cold.stderr
+    warm = _python(GUARD + REFUSED, tmp_path, FLAGTREE_DEBUG="1")
+    assert warm.stdout == "right\n" and reason in warm.stderr and "from the store" in warm.stderr, warm.stderr
+    listed = _python("import sys; sys.argv = ['flagtree', 'explain', 'extern']; from flagtree.cli.app import main; main()", tmp_path)
+    assert reason in listed.stdout, listed.stderr
 
 
 def test_internal_failure_goes_on_eagerly_and_leaves_a_reproducer(tmp_path: Path) -> None:
