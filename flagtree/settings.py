@@ -125,6 +125,11 @@ class Settings:
         """The values that change what the compiler makes, by name."""
         return {s.name: getattr(self, s.name) for s in self.table() if s.enters_key}
 
+    @staticmethod
+    def child_environment(**more: str) -> dict[str, str]:
+        """The environment for a process that we start, with some variables set."""
+        return {**os.environ, **more}
+
     @contextlib.contextmanager
     def override(self, **values: object) -> Iterator[None]:
         """Set values for a block: what a command-line option uses.  UnknownName for a name outside the table."""

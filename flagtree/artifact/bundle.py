@@ -61,7 +61,7 @@ def write_bundle(
     stands there, StoreError when the folder cannot be written.
     """
     content = _content(parts, kernels, libraries or {}, constants or {})
-    manifest = {
+    manifest: dict[str, object] = {
         "format": FORMAT,
         "name": name,
         "target": target,
@@ -70,9 +70,34 @@ def write_bundle(
         "libraries": sorted(libraries or {}),
         "kernels": {k.digest: _listed(k) for k in kernels},
         "coverage": dict(coverage or {}),
-        "files": {check_relative(n): {"sha256": sha256(d), "size": len(d)} for n, d in content.items()},
     }
-    content["manifest.json"] = canonical_json(manifest)
+    return _publish(path, manifest, content, certificate)
+
+
+def write_again(
+    bundle: Bundle,
+    path: Path,
+    kernels: Sequence[KernelFiles],
+    *,
+    coverage: Mapping[str, object],
+    versions: Mapping[str, str],
+    certificate: Mapping[str, object] | None,
+) -> str:
+    """Write `bundle` at `path` with some of its kernels replaced, whole; returns the new digest.  All else keeps its bytes.
+
+    Errors as `write_bundle`.  `path` may be the bundle's own: it is read before it is replaced.
+    """
+    folders = tuple(f"kernels/{kernel.digest[:16]}/" for kernel in kernels)
+    content = {name: bundle.read(name) for name in bundle.manifest.files if not name.startswith(folders)}
+    content |= _content({}, kernels, {}, {})
+    manifest = bundle.manifest.model_dump(mode="json", exclude={"files"})
+    manifest["kernels"] |= {kernel.digest: _listed(kernel) for kernel in kernels}
+    return _publish(path, {**manifest, "coverage": dict(coverage), "versions": dict(versions)}, content, certificate)
+
+
+def _publish(path: Path, manifest: Mapping[str, object], content: dict[str, bytes], certificate: Mapping[str, object] | None) -> str:
+    listed = {check_relative(n): {"sha256": sha256(d), "size": len(d)} for n, d in content.items()}
+    content["manifest.json"] = canonical_json({**manifest, "files": listed})
     digest = sha256(content["manifest.json"])
     read_manifest(content["manifest.json"])  # never publish what `open_bundle` would refuse
     if certificate is not None:

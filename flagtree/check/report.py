@@ -39,6 +39,15 @@ class KernelRow:
     shared: int | None = None
 
 
+def fact(facts: Mapping[str, object], name: str) -> int | None:
+    """A number that the toolchain told, from the aligned variant where there are several."""
+    value = facts.get(name)
+    if value is None:
+        variant = facts.get("aligned")
+        value = variant.get(name) if isinstance(variant, Mapping) else None
+    return value if isinstance(value, int) else None
+
+
 @dataclass(frozen=True, slots=True)
 class ExternRow:
     """All calls of one callee for one reason in one part.  `count`: calls in one run of the part; `bytes`: what all of them move."""

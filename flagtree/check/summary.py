@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from flagtree.check.report import ExternRow, KernelRow, PartReport
+from flagtree.check.report import ExternRow, KernelRow, PartReport, fact
 from flagtree.ir.program import Extern, Kernel, Program, Repeat, Step
 from flagtree.ir.traffic import ProgramTraffic, program_traffic
 
@@ -94,9 +94,9 @@ def _kernel_rows(
             missing=told.missing,
             bytes_before=before,
             bytes_after=after.bytes // after.launches,
-            registers=_fact(told.facts, "registers"),
-            spills=_fact(told.facts, "spills"),
-            shared=_fact(told.facts, "shared"),
+            registers=fact(told.facts, "registers"),
+            spills=fact(told.facts, "spills"),
+            shared=fact(told.facts, "shared"),
         )
     yield from rows.values()
 
@@ -105,15 +105,6 @@ def label(kernel: Kernel) -> str:
     """What a reader calls a kernel: the module in which most of its work was traced, else its own name."""
     leaves = [leaf for o in kernel.origins if (leaf := o.module.rsplit(".", 1)[-1]) and not leaf.isdigit()]
     return max(leaves, key=leaves.count) if leaves else kernel.name
-
-
-def _fact(facts: Mapping[str, object], name: str) -> int | None:
-    """A number that the toolchain told, from the aligned variant where there are several."""
-    value = facts.get(name)
-    if value is None:
-        variant = facts.get("aligned")
-        value = variant.get(name) if isinstance(variant, Mapping) else None
-    return value if isinstance(value, int) else None
 
 
 def _extern_rows(part: str, program: Program, traffic: ProgramTraffic) -> Iterator[ExternRow]:

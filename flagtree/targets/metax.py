@@ -30,9 +30,10 @@ def sdk_compiler() -> Path | None:
     return compiler if compiler.is_file() else None
 
 
-def _sdk_state() -> str:
+def sdk_state() -> str:
+    """In words, whether MetaX's SDK is here."""
     if sdk_compiler() is not None:
-        return "MetaX's SDK is here, but finalize, the command for the last step, is not built yet"
+        return "MetaX's SDK is here"
     if settings.maca_path is not None:
         return f"MACA_PATH is set, but {SDK_COMPILER} is not below it"
     return "MACA_PATH is not set"
@@ -44,8 +45,8 @@ def probe() -> Reach:
     if why:
         return Reach("source", missing=f"ttir and llir: {why}", how=stock_triton.INSTALL)
     executes = "emulator" if sys.platform == "linux" and platform.machine() == "x86_64" else ""
-    how = "the bundle is ready for MetaX's SDK; the command that will run it, `flagtree finalize`, is not built yet"
-    return Reach("llir", missing=f"{MISSING}; {_sdk_state()}", how=how, executes=executes)
+    how = "`flagtree finalize BUNDLE` where MetaX's SDK is (MACA_PATH), or with --python PATH of MetaX's Triton"
+    return Reach("llir", missing=f"{MISSING}; {sdk_state()}", how=how, executes=executes)
 
 
 _FLAGTREE_METAX = "FlagTree third_party/metax and MetaX-MACA/mcTriton, read as source"
@@ -56,7 +57,7 @@ TARGETS = (
         description="MetaX C500 and C550 (MACA), through Triton and our own lowering to MACA LLVM IR",
         language="triton",
         toolchain="maca",
-        tiers=("source", "ttir", "llir"),
+        tiers=("source", "ttir", "llir", "binary"),
         aliases=("maca", "c500", "c550"),
         triton=("maca", 80, 64),
         warp=64,

@@ -207,7 +207,7 @@ def launch_record(source: TritonSource, compiled: Compiled, binary: str) -> dict
     first = next(iter(compiled.variants.values()))
     return {
         "function": source.function, "grid": list(source.grid), "signature": [list(s) for s in source.signature],
-        "threads": first["threads"], "warps": source.warps, "variants": variants,
+        "threads": first["threads"], "warps": source.warps, "stages": source.stages, "fp_fusion": source.fp_contract, "variants": variants,
         "shared": max(f["shared"] for f in compiled.variants.values()),
     }  # fmt: skip
 
@@ -215,22 +215,20 @@ def launch_record(source: TritonSource, compiled: Compiled, binary: str) -> dict
 def check_limits(source: TritonSource, compiled: Compiled, target: Target) -> None:
     """ToolchainError when a variant needs scratch memory from the launcher, or more shared memory or threads than the target has."""
     for name, facts in compiled.variants.items():
-        where = f"{source.function}, variant {name}, for {target.name}"
-        if facts["scratch"]:
-            raise ToolchainError("the kernel needs scratch memory at launch", where=where, why=f"{facts['scratch']} bytes an instance")
-        if facts["shared"] > target.shared_bytes:
-            raise ToolchainError(
-                "the kernel needs too much shared memory",
-                where=where,
-                why=f"{facts['shared']} of {target.shared_bytes} bytes",
-                hint="a smaller tile",
-            )
-        if facts["threads"] > target.max_threads:
-            raise ToolchainError("the kernel needs too many threads", where=where, why=f"{facts['threads']} of {target.max_threads}")
-        if "arguments" in facts and not 0 <= facts["arguments"] - len(source.signature) <= 4:
-            raise ToolchainError(
-                "the kernel's arguments cannot be counted", where=where, why=f"{facts['arguments']} for {len(source.signature)} of ours"
-            )
+        check_variant(facts, len(source.signature), target, f"{source.function}, variant {name}, for {target.name}")
+
+
+def check_variant(facts: Mapping[str, Any], arguments: int, target: Target, where: str) -> None:
+    """`check_limits` of one variant's facts; `arguments` are those of the kernel's signature."""
+    if facts["scratch"]:
+        raise ToolchainError("the kernel needs scratch memory at launch", where=where, why=f"{facts['scratch']} bytes an instance")
+    if facts["shared"] > target.shared_bytes:
+        why = f"{facts['shared']} of {target.shared_bytes} bytes"
+        raise ToolchainError("the kernel needs too much shared memory", where=where, why=why, hint="a smaller tile")
+    if facts["threads"] > target.max_threads:
+        raise ToolchainError("the kernel needs too many threads", where=where, why=f"{facts['threads']} of {target.max_threads}")
+    if "arguments" in facts and not 0 <= facts["arguments"] - arguments <= 4:
+        raise ToolchainError("the kernel's arguments cannot be counted", where=where, why=f"{facts['arguments']} for {arguments} of ours")
 
 
 def _built(digest: str, source: TritonSource, compiled: Compiled, target: Target) -> BuiltKernel:

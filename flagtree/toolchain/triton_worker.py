@@ -73,7 +73,7 @@ def _facts(kernel: Any) -> dict[str, object]:
         header = re.search(r"\.entry[^{]*?\(([^)]*)\)", asm["ptx"])
         facts["arguments"] = header.group(1).count(".param") if header else -1
     elif "amdgcn" in asm:
-        facts |= _amdgcn_facts(asm["amdgcn"])
+        facts |= amdgcn_facts(asm["amdgcn"])
     return facts
 
 
@@ -87,7 +87,9 @@ def _cubin_facts(cubin: bytes) -> dict[str, object]:
     return {"registers": int(found["REG"]), "spills": int(found["STACK"]) + int(found["LOCAL"])}
 
 
-def _amdgcn_facts(text: str) -> dict[str, object]:
+def amdgcn_facts(text: str) -> dict[str, object]:
+    """Registers, private bytes a thread and arguments, from the metadata at the end of AMD's assembly."""
+
     def number(key: str) -> int:
         match = re.search(rf"^\s*\.{key}:\s+(\d+)", text, re.MULTILINE)
         return int(match.group(1)) if match else 0
