@@ -6,11 +6,8 @@ usage: python benchmarks/compile_cost.py main_job | depth  (a table in Markdown 
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -20,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from measure import ROOT, conditions, rows
+
 TARGETS = ("cpu", "metax", "cuda:sm90", "cuda:sm80", "rocm:gfx942")
 DEPTHS = (4, 36, 144)
 
@@ -51,26 +49,6 @@ def compile_in(home: Path, *arguments: str) -> Run:
         out.seek(0)
         (bundle,) = json.load(out)["bundles"]
     return Run(used.ru_utime + used.ru_stime, wall, used.ru_maxrss / 1024, bundle)
-
-
-def rows(header: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
-    """A Markdown table."""
-    ruled = [header, ["---"] * len(header), *lines]
-    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in ruled)
-
-
-def conditions() -> str:
-    """Date, machine and versions."""
-    model = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "?")
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "triton", "transformers")}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
-    changed = subprocess.run(["git", "status", "--porcelain", "flagtree"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    load = os.getloadavg()[0]
-    return "\n".join([
-        f"* {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC, commit {commit}{' with changes' if changed else ''}",
-        f"* {os.cpu_count()} cores, {model}; load average at the start {load:.1f}; where it is above 0 other work shared the machine",
-        f"* Python {platform.python_version()}, {', '.join(f'{n} {v}' for n, v in versions.items())}",
-    ])  # fmt: skip
 
 
 def main_job() -> str:
