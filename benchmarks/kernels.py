@@ -109,7 +109,8 @@ def compiled(function: Callable[..., Any], args: Sequence[Any], contender: str) 
             graph.current_callable = first
             return graph
 
-        return compile_fx(module, inputs, inner_compile=wrapped)
+        with torch._functorch.config.patch(enable_autograd_cache=False):  # what it keeps goes past the inner compile
+            return compile_fx(module, inputs, inner_compile=wrapped)
 
     def copied() -> Callable[..., Any]:
         """Dynamo keeps what it compiled with the code object: each compiled function has one of its own."""
