@@ -29,7 +29,7 @@ NATIVE_NAMES = ("c++", "g++", "clang++")
 CROSS = {"x86_64": "x86_64-linux-gnu-g++", "aarch64": "aarch64-linux-gnu-g++"}  # Debian's and Ubuntu's names
 TIMEOUT = 120.0  # seconds for one compiler call; a kernel takes well under one
 ARCH_FLAGS = {"aarch64": "-march=armv8-a"}
-# no fused multiply-add and no relaxed arithmetic, so that every level gives the same bits; integers wrap as the IR's do
+# the compiler fuses no multiply and add and relaxes no arithmetic, so that every level gives the same bits; integers wrap as the IR's do
 FLAGS = (
     "-O3", "-std=c++17", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fwrapv", "-fvisibility=hidden",
     "-fno-exceptions", "-fno-rtti", "-fno-asynchronous-unwind-tables", "-fno-ident", "-g0", "-w", "-fdiagnostics-color=never",

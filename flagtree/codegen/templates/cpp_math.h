@@ -1,5 +1,5 @@
-// Transcendental functions.  f32 by range reduction and polynomials in f32, without fused multiply-add, so that every level
-// gives the same bits; the bound of each stands in codegen/cpp_math.py and is measured by tests/codegen/test_cpp_math.py.
+// Transcendental functions.  f32 by range reduction and polynomials in f32 whose every step is one rounding at every level;
+// the bound of each stands in codegen/cpp_math.py and is measured by tests/codegen/test_cpp_math.py.
 // f64, and what kernels use rarely, go lane by lane through libm in f64.  Polynomials of exp, log, tanh after Cephes
 // (S. Moshier, single precision), of erf after N. Juffa.
 //@ lane_by_lane
@@ -25,6 +25,30 @@ template <class F, class V, class T> INLINE V lane_by_lane(F f, V x, V y, T *) {
   __builtin_memcpy(&x, t, sizeof x);
   return x;
 }
+//@ fused
+// a * b + c rounded once: an instruction from x86-64-v3 on and on aarch64, else computed, to the same bits
+INLINE f32v fused(f32v a, f32v b, f32v c) {
+#if X86_BUILTINS && defined(__FMA__) && NATIVE_BYTES / WIDEST_BYTES == 16
+  return (f32v)__builtin_ia32_vfmaddps512_mask(a, b, c, -1, 4);
+#elif X86_BUILTINS && defined(__FMA__) && NATIVE_BYTES / WIDEST_BYTES == 8
+  return (f32v)__builtin_ia32_vfmaddps256(a, b, c);
+#elif X86_BUILTINS && defined(__FMA__) && NATIVE_BYTES / WIDEST_BYTES == 4
+  return (f32v)__builtin_ia32_vfmaddps(a, b, c);
+#elif defined(__FMA__) || defined(__aarch64__)
+  f32v r;
+  for (int l = 0; l < W; ++l) r[l] = __builtin_fmaf(a[l], b[l], c[l]);
+  return r;
+#else
+  // the product is exact in f64; the sum is rounded to odd, after which rounding to f32 is as if done once
+  // (S. Boldo, G. Melquiond, "Emulation of a FMA and correctly rounded sums", IEEE Trans. Computers 57, 2008)
+  f64v p = to_f64(a) * to_f64(b), z = to_f64(c), s = p + z, t = s - p, lost = (p - (s - t)) + (z - t);
+  i64v u = bits64(s), outward = (lost > 0) ^ (s < 0), inexact = (lost > 0) | (lost < 0);
+  return to_f32(floats64(u + (((outward & 2) - 1) & inexact & ((u & 1) - 1))));
+#endif
+}
+INLINE f32v fused(f32v a, f32v b, f32 c) { return fused(a, b, splat(c)); }
+INLINE f32v fused(f32v a, f32 b, f32v c) { return fused(a, splat(b), c); }
+INLINE f32v fused(f32v a, f32 b, f32 c) { return fused(a, splat(b), splat(c)); }
 //@ power_of_two
 // 2^n for -126 <= n <= 127
 INLINE f32v power_of_two(i32v n) { return floats((n + 127) << 23); }
@@ -55,39 +79,37 @@ INLINE f32v clamp(f32v x, f32 low, f32 high) {
 // x = n * ln 2 + r with |r| <= ln(2) / 2, and (exp(r) - 1 - r) / r^2
 struct exp_reduction { f32v r, tail, k; i32v n; };
 INLINE exp_reduction exp_reduced(f32v x) {
-  f32v shifted = x * 1.44269504088896341f + 12582912.f, k = shifted - 12582912.f;  // 1.5 * 2^23: rounds to an integer
-  f32v r = (x - k * 0.693359375f) - k * -2.12194440e-4f;
-  f32v p = 1.9875691500e-4f * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
+  f32v shifted = fused(x, 1.44269504088896341f, 12582912.f), k = shifted - 12582912.f;  // 1.5 * 2^23: rounds to an integer
+  f32v r = fused(k, 1.90465421e-9f, fused(k, -0.693147182f, x));
+  f32v p = fused(r, 0x1.6a4e66p-10f, 0x1.12397cp-7f);
+  p = fused(p, r, 0x1.5558aep-5f);
+  p = fused(p, r, 0x1.555492p-3f);
+  p = fused(p, r, 0x1.fffffcp-2f);
   return {r, p, k, bits(shifted) - 0x4b400000};
 }
 //@ exp_of
 INLINE f32v exp_of(f32v x) {
-  x = clamp(x, -104.f, 89.f);
-  exp_reduction e = exp_reduced(x);
-  return times_power_of_two(e.tail * (e.r * e.r) + e.r + 1.f, e.k, e.n);
+  exp_reduction e = exp_reduced(clamp(x, -104.f, 89.f));
+  return times_power_of_two(fused(fused(e.tail, e.r, 1.f), e.r, 1.f), e.k, e.n);
 }
 INLINE f64v exp_of(f64v x) { return lane_by_lane([](f64 t) { return __builtin_exp(t); }, x); }
 //@ exp2_of
 INLINE f32v exp2_of(f32v x) {
   x = clamp(x, -151.f, 129.f);
   f32v shifted = x + 12582912.f, k = shifted - 12582912.f, r = x - k;
-  f32v p = 1.535336188319500e-4f * r + 1.339887440266574e-3f;
-  p = p * r + 9.618437357674640e-3f;
-  p = p * r + 5.550332471162809e-2f;
-  p = p * r + 2.402264791363012e-1f;
-  p = p * r + 6.931472028550421e-1f;
-  return times_power_of_two(p * r + 1.f, k, bits(shifted) - 0x4b400000);
+  f32v p = fused(r, 0x1.417962p-13f, 0x1.5f0964p-10f);
+  p = fused(p, r, 0x1.3b2dd4p-7f);
+  p = fused(p, r, 0x1.c6af7ap-5f);
+  p = fused(p, r, 0x1.ebfbdcp-3f);
+  p = fused(p, r, 0x1.62e430p-1f);
+  return times_power_of_two(fused(p, r, 1.f), k, bits(shifted) - 0x4b400000);
 }
 INLINE f64v exp2_of(f64v x) { return lane_by_lane([](f64 t) { return __builtin_exp2(t); }, x); }
 //@ expm1_of
 INLINE f32v expm1_of(f32v x) {
   exp_reduction e = exp_reduced(clamp(x, -18.f, 89.f));
-  f32v less_one = e.tail * (e.r * e.r) + e.r, half = power_of_two(e.n - 1);
-  f32v y = (half * less_one + (half - 0.5f)) * 2.f;
+  f32v less_one = fused(e.tail, e.r * e.r, e.r), half = power_of_two(e.n - 1);
+  f32v y = fused(half, less_one, half - 0.5f) * 2.f;
   return absolute(x) < 1e-4f ? x + 0.5f * x * x : y;
 }
 INLINE f64v expm1_of(f64v x) { return lane_by_lane([](f64 t) { return __builtin_expm1(t); }, x); }
@@ -99,14 +121,14 @@ INLINE log_reduction log_reduced(f32v x) {
   x = small ? x * 33554432.f : x;
   i32v u = bits(x) - 0x3f3504f3, k = (u >> 23) - (small & 25);
   f32v f = floats((u & 0x7fffff) + 0x3f3504f3) - 1.f;
-  f32v p = 7.0376836292e-2f * f + -1.1514610310e-1f;
-  p = p * f + 1.1676998740e-1f;
-  p = p * f + -1.2420140846e-1f;
-  p = p * f + 1.4249322787e-1f;
-  p = p * f + -1.6668057665e-1f;
-  p = p * f + 2.0000714765e-1f;
-  p = p * f + -2.4999993993e-1f;
-  p = p * f + 3.3333331174e-1f;
+  f32v p = fused(f, 7.0376836292e-2f, -1.1514610310e-1f);
+  p = fused(p, f, 1.1676998740e-1f);
+  p = fused(p, f, -1.2420140846e-1f);
+  p = fused(p, f, 1.4249322787e-1f);
+  p = fused(p, f, -1.6668057665e-1f);
+  p = fused(p, f, 2.0000714765e-1f);
+  p = fused(p, f, -2.4999993993e-1f);
+  p = fused(p, f, 3.3333331174e-1f);
   return {f, to_f32(k), p * f * (f * f)};
 }
 //@ log_special
@@ -153,31 +175,31 @@ INLINE f64v log1p_of(f64v x) { return lane_by_lane([](f64 t) { return __builtin_
 //@ tanh_of
 INLINE f32v tanh_of(f32v x) {
   f32v a = absolute(x), z = x * x;
-  f32v p = -5.70498872745e-3f * z + 2.06390887954e-2f;
-  p = p * z + -5.37397155531e-2f;
-  p = p * z + 1.33314422036e-1f;
-  p = p * z + -3.33332819422e-1f;
+  f32v p = fused(z, -5.70498872745e-3f, 2.06390887954e-2f);
+  p = fused(p, z, -5.37397155531e-2f);
+  p = fused(p, z, 1.33314422036e-1f);
+  p = fused(p, z, -3.33332819422e-1f);
   f32v far = 1.f - 2.f / (exp_of(a + a) + 1.f);
-  return a < 0.625f ? p * z * x + x : copy_sign(far, x);
+  return a < 0.625f ? fused(p * z, x, x) : copy_sign(far, x);
 }
 INLINE f64v tanh_of(f64v x) { return lane_by_lane([](f64 t) { return __builtin_tanh(t); }, x); }
 //@ erf_of
 INLINE f32v erf_of(f32v x) {
   f32v a = absolute(x), s = x * x;
-  f32v p = -5.96761703e-4f * s + 4.99119423e-3f;
-  p = p * s + -2.67681349e-2f;
-  p = p * s + 1.12819925e-1f;
-  p = p * s + -3.76125336e-1f;
-  p = p * s + 1.28379166e-1f;
+  f32v p = fused(s, -5.96761703e-4f, 4.99119423e-3f);
+  p = fused(p, s, -2.67681349e-2f);
+  p = fused(p, s, 1.12819925e-1f);
+  p = fused(p, s, -3.76125336e-1f);
+  p = fused(p, s, 1.28379166e-1f);
   f32v b = a > 4.f ? splat(4.f) : a;
-  f32v q = -1.72853470e-5f * b + 3.83197126e-4f;
-  q = q * b + -3.88396438e-3f;
-  q = q * b + 2.42546219e-2f;
-  q = q * b + -1.06777877e-1f;
-  q = q * b + -6.34846687e-1f;
-  q = q * b + -1.28717512e-1f;
-  f32v far = 1.f - exp_of(q * b - b);
-  return a > 0.921875f ? copy_sign(far, x) : p * x + x;
+  f32v q = fused(b, -1.72853470e-5f, 3.83197126e-4f);
+  q = fused(q, b, -3.88396438e-3f);
+  q = fused(q, b, 2.42546219e-2f);
+  q = fused(q, b, -1.06777877e-1f);
+  q = fused(q, b, -6.34846687e-1f);
+  q = fused(q, b, -1.28717512e-1f);
+  f32v far = 1.f - exp_of(fused(q, b, -b));
+  return a > 0.921875f ? copy_sign(far, x) : fused(p, x, x);
 }
 INLINE f64v erf_of(f64v x) { return lane_by_lane([](f64 t) { return __builtin_erf(t); }, x); }
 //@ sin_of cos_of
