@@ -16,9 +16,10 @@ from flagtree.codegen.cpp_index import operand_text
 from flagtree.codegen.cpp_layout import Layout, layout
 from flagtree.codegen.cpp_prelude import prelude
 from flagtree.codegen.cpp_sweeps import PARTIALS, RowWriter
-from flagtree.ir.flat import flatten
+from flagtree.ir.dtypes import DTYPES
+from flagtree.ir.flat import FlatKernel, flatten
 from flagtree.ir.index import ONE, Index
-from flagtree.ir.program import Program, Store
+from flagtree.ir.program import Compute, Load, Program, Store
 from flagtree.ir.text import print_program
 
 THREAD_WORK = 32768  # points of the domain from which a second thread pays for being woken
@@ -43,7 +44,7 @@ def generate(program: Program, digest: str) -> str:
     outer = _outer(walk, chunk)
     context = {
         "digest": digest, "symbol": symbol_name(digest), "text": print_program(program).rstrip("\n").split("\n"),
-        "widest": walk.widest, "partials": PARTIALS,
+        "widest": walk.widest, "partials": PARTIALS, "clean_nans": int(_clean_nans(walk.kernel)),
         "head": head, "symbols": _symbols(walk), "decode": _decode(walk, outer), "advance": _advance(walk, outer),
         "body": body, "count": count,
         "work": " * ".join(_factor(walk, a.extent) for a in walk.kernel.axes) or "1",
@@ -66,7 +67,7 @@ def _chunk(walk: Layout) -> int:
     """Elements of the lane axis in one row: 0 (all of them) when it is reduced or short."""
     if walk.lane is None or walk.lane_reduced:
         return 0
-    size = CHUNK if not walk.kernel.reduced else 16 * PARTIALS
+    size = CHUNK if not walk.kernel.reduced else 8 * PARTIALS
     highest = walk.kernel.bounds.maximum(walk.lane.extent)
     return 0 if highest is not None and highest <= size else size
 
@@ -114,6 +115,15 @@ def _may_use_threads(walk: Layout, outer: list[tuple[str, Index]]) -> bool:
         points = points * axis.extent
     highest = walk.kernel.bounds.maximum(points)
     return highest is None or highest >= THREAD_WORK
+
+
+def _clean_nans(kernel: FlatKernel) -> bool:
+    """The low 16 bits of every NaN in an f32 register are zero: it came from a bf16 load, a literal or an invalid operation
+    (IEEE 754-2019, 6.2.3: an operation hands on an operand's payload; the default NaN of x86 and ARM has none)."""
+    dtypes = {b.name: b.dtype for b in kernel.buffers}
+    loaded = {dtypes[op.access.buffer] for op in kernel.body if isinstance(op, Load)}
+    made = any(isinstance(op, Compute) and op.op == "bitcast" for op in kernel.body)
+    return not made and all(d == "bf16" or not DTYPES[d].is_float for d in loaded)
 
 
 # -- declarations ----------------------------------------------------------------------------------------------------

@@ -12,15 +12,13 @@ from dataclasses import dataclass, field
 from flagtree.codegen import cpp_ops as ops
 from flagtree.codegen.cpp_index import index_text
 from flagtree.codegen.cpp_layout import Layout
+from flagtree.codegen.cpp_scan import step
 from flagtree.errors import CodegenError
 from flagtree.ir.dtypes import DTYPES
 from flagtree.ir.flat import operands
 from flagtree.ir.index import ONE, Index
 from flagtree.ir.ops import OPS
 from flagtree.ir.program import Arg, BodyOp, Compute, IndexValue, Load, Scalar, Scan, Store
-
-SCANS = {"sum": "{0} + {1}", "prod": "{0} * {1}", "min": "minimum({0}, {1})", "max": "maximum({0}, {1})",
-         "any": "{0} | {1}", "all": "{0} & {1}"}  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -31,6 +29,7 @@ class BodyWriter:
     layout: Layout
     scope: frozenset[str]
     vector: bool
+    whole: bool = False  # the lane axis is walked as one piece
     pair: bool = False  # `lines` run for `half` 0 and 1 of words that `head` loads and `tail` stores (cpp_pair)
     lines: list[str] = field(default_factory=list)
     head: list[str] = field(default_factory=list)
@@ -116,32 +115,9 @@ class BodyWriter:
         self.lines += [f"{register}v {op.name};", f"__builtin_memcpy(&{op.name}, {op.name}_lane, sizeof {op.name});"]
 
     def _scan(self, op: Scan) -> None:
-        """Carry `<name>_carry` is declared by cpp_sweeps where the scanned loop is entered: scalar along lanes, else a vector."""
-        if op.combiner not in SCANS:
-            raise CodegenError(f"cannot generate C++ for a scan with '{op.combiner}'")
-        register, source = ops.register(op.dtype), ops.cast(op.arg, self._dtypes[op.arg], op.dtype)
-        carry = carry_type(op)
-        if self._lane != op.axis:
-            value = source if carry == register else f"to_{carry}({source})"
-            self.lines.append(f"{op.name}_carry = {SCANS[op.combiner].format(op.name + '_carry', value)};")
-            self._define(op.name, op.dtype, self._carried(op, f"{op.name}_carry"))
-            return
-        wide = source if carry == register else f"to_{carry}({source})"
-        step = SCANS[op.combiner].format(f"{op.name}_carry", f"{op.name}_in")
-        if op.combiner in ("min", "max"):
-            step = f"{step.replace(f'{op.name}_carry', f'splat({op.name}_carry)').replace(f'{op.name}_in', f'splat({op.name}_in)')}[0]"
-        self.lines += [
-            f"{carry}v {op.name}_wide = {wide};",
-            "for (int l = 0; l < n; ++l) {",
-            f"  const {carry} {op.name}_in = {op.name}_wide[l];",
-            f"  {op.name}_wide[l] = {op.name}_carry = {step};",
-            "}",
-        ]
-        self._define(op.name, op.dtype, self._carried(op, f"{op.name}_wide"))
-
-    def _carried(self, op: Scan, text: str) -> str:
-        register = ops.register(op.dtype)
-        return ops.rounded(text if carry_type(op) == register else f"to_{register}({text})", op.dtype)
+        lines, text = step(self.layout, op, self.whole, self._lane == op.axis)
+        self.lines += lines
+        self._define(op.name, op.dtype, text)
 
     # -- memory ------------------------------------------------------------------------------------------------------
     def _load(self, op: Load) -> None:
@@ -240,11 +216,6 @@ class BodyWriter:
             "}",
         ]
         self.lines[-5:] = ["{", *("  " + line for line in self.lines[-5:]), "}"]
-
-
-def carry_type(op: Scan) -> str:
-    """Register type of a running value: f64 for float sums and products, as ATen's on the CPU (at::acc_type)."""
-    return "f64" if op.combiner in ("sum", "prod") and DTYPES[op.dtype].is_float else ops.register(op.dtype)
 
 
 def _natural(literal: Arg) -> str:

@@ -94,7 +94,7 @@ def layout(kernel: FlatKernel) -> Layout:
         lane_axis = kernel.axis(next(iter(scans)))
         lane, loops = lane_axis, tuple(a for a in kernel.reduced if a != lane_axis)
     loops = tuple(sorted(loops, key=lambda a: a.name in scans))  # a running value restarts when its loop is entered
-    return Layout(kernel, lane, outer, loops, _levels(kernel), _widest(kernel))
+    return Layout(kernel, lane, outer, loops, _levels(kernel), _widest(kernel, lane))
 
 
 def _check(kernel: FlatKernel) -> None:
@@ -141,10 +141,16 @@ def _levels(kernel: FlatKernel) -> dict[str, int]:
     return level
 
 
-def _widest(kernel: FlatKernel) -> int:
-    """Bytes of the widest lane: 8 as soon as one value is 64 bits wide, else 4."""
-    wide = any(DTYPES[d].bits == 64 for d in kernel.dtypes.values())
-    return 8 if wide or any(isinstance(op, Compute) and op.op in WIDE_OPS for op in kernel.body) else 4
+def _widest(kernel: FlatKernel, lane: Axis | None) -> int:
+    """Bytes of the widest lane: 8 as soon as a value that differs between lanes is 64 bits wide, else 4."""
+    for op in kernel.body:
+        names = defined(op)
+        varies = lane is None or isinstance(op, Reduce) or any(lane.name in kernel.depends[n] for n in names)
+        if varies and (any(DTYPES[kernel.dtypes[n]].bits == 64 for n in names) or (isinstance(op, Compute) and op.op in WIDE_OPS)):
+            return 8
+        if isinstance(op, Scan) and varies and op.combiner in ("sum", "prod") and DTYPES[op.dtype].is_float:
+            return 8  # carried in f64
+    return 4
 
 
 def _narrow_positions(kernel: FlatKernel) -> FlatKernel:

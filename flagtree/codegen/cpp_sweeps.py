@@ -10,18 +10,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from flagtree.codegen import cpp_ops as ops
-from flagtree.codegen.cpp_body import BodyWriter, carry_type
+from flagtree.codegen.cpp_body import BodyWriter
 from flagtree.codegen.cpp_index import index_text, is_multiple
 from flagtree.codegen.cpp_keep import Sweep, row_size, sweeps
 from flagtree.codegen.cpp_layout import Layout
 from flagtree.codegen.cpp_pair import is_paired
+from flagtree.codegen.cpp_scan import carry_type, declared
 from flagtree.codegen.segments import Segment, segments
 from flagtree.errors import CodegenError
 from flagtree.ir.flat import operands
 from flagtree.ir.index import Index
 from flagtree.ir.program import BodyOp, Reduce, Scan, Store, defined
 
-PARTIALS = 32
+PARTIALS = 64
 ROW_BLOCK = 4096  # elements of a long row after which its partial states are joined; a multiple of PARTIALS
 BLOCK = 256  # points of a reduce axis that one partial sum of a column takes
 COLUMNS = 4  # vectors of columns reduced side by side: whole cache lines, and sums that do not wait for one another
@@ -89,22 +90,24 @@ class RowWriter:
         if reduces:
             lines += [f"{self._state_name(sweep)} part{sweep}[PARTS];", *_each_part(f"part{sweep}[k] = {self._start(reduces)};")]
         inner: list[str] = []
+        whole = len(pieces) == 1
         for piece, work in pieces:
-            inner += self._lane_loop(sweep, piece, work, bool(reduces), paired)
+            inner += self._lane_loop(sweep, piece, work, bool(reduces), paired, whole)
         scans = [op for op in self.layout.kernel.body if isinstance(op, Scan)]
-        inner = [*(self._carry(op) for op in scans), *inner]
+        inner = [*(self._carry(op, whole) for op in scans), *inner]
         lines += self._loops(inner) if self.layout.loops else block("", inner) if scans else inner
         for op in reduces:
             lines += self._finish(op, sweep)
         return lines
 
-    def _lane_loop(self, sweep: int, piece: Segment, work: Sweep, reducing: bool, paired: bool) -> list[str]:
+    def _lane_loop(self, sweep: int, piece: Segment, work: Sweep, reducing: bool, paired: bool,
+                   whole: bool) -> list[str]:  # fmt: skip
         """Full vectors, then the tail: the same statements, called with fewer lanes."""
         lane = self._lane_name
         if not work.body:
             return []
         scope = self._outer_scope() | {a.name for a in self.layout.loops} | {lane}
-        writer = self._writer(work.body, scope, True, work.kept, paired)
+        writer = self._writer(work.body, scope, True, work.kept, paired, whole)
         writer.lines[:0] = self._read(work, paired)
         lo, hi, extent = self._text(piece.lo), self._text(piece.hi), piece.hi - piece.lo
         lines = [*self._step(lane, writer, self._state_name(sweep) if reducing else ""), f"i64 at = {lo};", f"const i64 end = {hi};"]
@@ -173,7 +176,7 @@ class RowWriter:
         scope = self._outer_scope() | {lane}
         if self._is_columns(pending):
             return block("", [*self._bounds(piece), *self._columns(piece, pending, scope)])
-        writer = BodyWriter(self.layout, scope, True, paired)
+        writer = BodyWriter(self.layout, scope, True, pair=paired)
         for sweep in range(self.layout.sweeps):
             ready = [op for op in pending if self._level(op) <= sweep]
             pending = [op for op in pending if op not in ready]
@@ -247,7 +250,7 @@ class RowWriter:
         if reduces:
             lines.append(f"{self._state_name(sweep)} part{sweep} = {self._start(reduces)};")
         scope = self._outer_scope() | {a.name for a in self.layout.loops} | {self._lane_name}
-        carries = [self._carry(op) for op in chosen if isinstance(op, Scan)]
+        carries = [self._carry(op, False) for op in chosen if isinstance(op, Scan)]
         loops = self._loops(self._statements(chosen, scope, vector=True), carries)
         lines += ["{", f"{self._state_name(sweep)} &part = part{sweep};", *loops, "}"] if reduces else loops
         for op in reduces:
@@ -298,8 +301,8 @@ class RowWriter:
         return self._writer(body, scope, vector).lines
 
     def _writer(self, body: Iterable[BodyOp], scope: frozenset[str], vector: bool, kept: frozenset[str] = frozenset(),
-                paired: bool = False) -> BodyWriter:  # fmt: skip
-        writer = BodyWriter(self.layout, scope, vector, paired)
+                paired: bool = False, whole: bool = False) -> BodyWriter:  # fmt: skip
+        writer = BodyWriter(self.layout, scope, vector, whole, paired)
         for op in body:
             if isinstance(op, Reduce):
                 writer.lines.append(self._accumulate(op, self.layout.lane_reduced, "count" if paired else "n"))
@@ -308,11 +311,9 @@ class RowWriter:
                 writer.lines += [f"__builtin_memcpy({self._place(n, paired)}, &{n}, sizeof {n});" for n in defined(op) if n in kept]
         return writer
 
-    def _carry(self, op: Scan) -> str:
+    def _carry(self, op: Scan, whole: bool) -> str:
         kind = carry_type(op)
-        vector = self.layout.lane is None or self._lane_name != op.axis
-        start = _end(kind, STATES[op.combiner][1][0], op.dtype)
-        return f"{kind}v {op.name}_carry = splat({start});" if vector else f"{kind} {op.name}_carry = {start};"
+        return declared(self.layout, op, whole, _end(kind, STATES[op.combiner][1][0], op.dtype))
 
     def _loops(self, inner: list[str], carries: Iterable[str] = ()) -> list[str]:
         """Plain loops over the reduce axes; running values start where the innermost is entered."""
@@ -334,7 +335,7 @@ def _each_part(statement: str, paired: bool = False) -> list[str]:
 
 
 def _each(count: str, statement: str) -> list[str]:
-    return ["#pragma GCC unroll 8", f"for (int k = 0; k < {count}; ++k) {statement}"]
+    return ["#pragma GCC unroll 16", f"for (int k = 0; k < {count}; ++k) {statement}"]
 
 
 def _parts(name: str, paired: bool) -> str:

@@ -64,17 +64,7 @@ INLINE f32v times_power_of_two(f32v x, f32v k, i32v n) {
 }
 //@ clamp
 // between low and high; a NaN stays
-INLINE f32v clamp(f32v x, f32 low, f32 high) {
-#if X86_BUILTINS && NATIVE_BYTES == 64 && WIDEST_BYTES == 4
-  x = (f32v)__builtin_ia32_minps512_mask(splat(high), x, f32v{}, -1, 4);
-  return (f32v)__builtin_ia32_maxps512_mask(splat(low), x, f32v{}, -1, 4);
-#elif X86_BUILTINS && NATIVE_BYTES == 32 && WIDEST_BYTES == 4
-  return __builtin_ia32_maxps256(splat(low), __builtin_ia32_minps256(splat(high), x));
-#else
-  x = x > high ? splat(high) : x;
-  return x < low ? splat(low) : x;
-#endif
-}
+INLINE f32v clamp(f32v x, f32 low, f32 high) { return larger(splat(low), smaller(splat(high), x)); }
 //@ exp_reduced
 // x = n * ln 2 + r with |r| <= ln(2) / 2, and (exp(r) - 1 - r) / r^2
 struct exp_reduction { f32v r, tail, k; i32v n; };

@@ -20,14 +20,45 @@ INLINE i64v first_lane(i64v v) { return splat(v[0]); }
 //@ tree
 // state i with state i + h for h = PARTIALS / 2, ..., 1; what lane 0 has then, in every lane
 template <class S> INLINE S tree(S *s) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int h = PARTS / 2; h > 0; h /= 2)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int k = 0; k < h; ++k) s[k] = combine(s[k], s[k + h]);
   S r = s[0];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int h = W / 2; h > 0; h /= 2) r = combine(r, swap_lanes(r, h));
   return first_lane(r);
+}
+//@ running
+// Running sums along lanes: pairs, then fours, then eights (Sklansky's tree; blocks of 8 elements whatever W), each block's sum onto
+// `carry`.  `before` is what earlier vectors of the block add up to, where a vector is less than a block.
+template <class V> struct running { V carry, before[3]; };
+INLINE f64v last_lane(f64v v) { return splat(v[W - 1]); }
+INLINE i64v last_lane(i64v v) { return splat(v[W - 1]); }
+INLINE i32v last_lane(i32v v) { return splat(v[W - 1]); }
+#if defined(__clang__)
+template <class V> INLINE V lower_half(V v, int h) {
+  V r = {};
+  for (int l = 0; l < W; ++l) if (l & h) r[l] = v[(l & (-2 * h)) + h - 1];
+  return r;
+}
+#else
+// in the upper half of each group of 2 * h lanes the last lane of its lower half, else zero
+INLINE f64v lower_half(f64v v, i64 h) { return (lanes64 & h) != 0 ? __builtin_shuffle(v, (lanes64 & (-2 * h)) + (h - 1)) : f64v{}; }
+INLINE i64v lower_half(i64v v, i64 h) { return (lanes64 & h) != 0 ? __builtin_shuffle(v, (lanes64 & (-2 * h)) + (h - 1)) : i64v{}; }
+INLINE i32v lower_half(i32v v, i32 h) { return (lanes & h) != 0 ? __builtin_shuffle(v, (lanes & (-2 * h)) + (h - 1)) : i32v{}; }
+#endif
+template <class V> INLINE V advance(running<V> &s, V x, i64 at) {
+#pragma GCC unroll 4
+  for (int h = 1; h < W; h *= 2) x += lower_half(x, h);
+#pragma GCC unroll 4
+  for (int k = 0; W << k < 8; ++k) {
+    if (at & (W << k)) x += s.before[k];
+    else s.before[k] = last_lane(x);
+  }
+  const V y = s.carry + x;
+  if (W >= 8 || (at & (8 - W)) == 8 - W) s.carry += last_lane(x);
+  return y;
 }
 //@ sum_state
 template <class V> struct sum_state { V value; };
@@ -42,14 +73,15 @@ template <class V> INLINE prod_state<V> keep(int n, prod_state<V> a, prod_state<
 template <class V> INLINE prod_state<V> swap_lanes(prod_state<V> a, int h) { return {swap_lanes(a.value, h)}; }
 template <class V> INLINE prod_state<V> first_lane(prod_state<V> a) { return {first_lane(a.value)}; }
 //@ min_state
+// the running value is the second operand: only the new one is looked at for NaN, so that nothing waits for that
 template <class V> struct min_state { V value; };
-template <class V> INLINE min_state<V> combine(min_state<V> a, min_state<V> b) { return {minimum(a.value, b.value)}; }
+template <class V> INLINE min_state<V> combine(min_state<V> a, min_state<V> b) { return {minimum(b.value, a.value)}; }
 template <class V> INLINE min_state<V> keep(int n, min_state<V> a, min_state<V> b) { return {keep(n, a.value, b.value)}; }
 template <class V> INLINE min_state<V> swap_lanes(min_state<V> a, int h) { return {swap_lanes(a.value, h)}; }
 template <class V> INLINE min_state<V> first_lane(min_state<V> a) { return {first_lane(a.value)}; }
 //@ max_state
 template <class V> struct max_state { V value; };
-template <class V> INLINE max_state<V> combine(max_state<V> a, max_state<V> b) { return {maximum(a.value, b.value)}; }
+template <class V> INLINE max_state<V> combine(max_state<V> a, max_state<V> b) { return {maximum(b.value, a.value)}; }
 template <class V> INLINE max_state<V> keep(int n, max_state<V> a, max_state<V> b) { return {keep(n, a.value, b.value)}; }
 template <class V> INLINE max_state<V> swap_lanes(max_state<V> a, int h) { return {swap_lanes(a.value, h)}; }
 template <class V> INLINE max_state<V> first_lane(max_state<V> a) { return {first_lane(a.value)}; }

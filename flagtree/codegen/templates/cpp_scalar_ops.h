@@ -1,6 +1,23 @@
 // Elementwise operations that every register type shares, and integer division; see cpp_math.h for transcendental functions.
+//@ smaller larger
+// a < b ? a : b and a > b ? a : b, so b where either is NaN: one instruction on x86
+#if X86_BUILTINS && NATIVE_BYTES / WIDEST_BYTES == 16
+INLINE f32v smaller(f32v a, f32v b) { return (f32v)__builtin_ia32_minps512_mask(a, b, f32v{}, -1, 4); }
+INLINE f32v larger(f32v a, f32v b) { return (f32v)__builtin_ia32_maxps512_mask(a, b, f32v{}, -1, 4); }
+#elif X86_BUILTINS && NATIVE_BYTES / WIDEST_BYTES == 8
+INLINE f32v smaller(f32v a, f32v b) { return __builtin_ia32_minps256(a, b); }
+INLINE f32v larger(f32v a, f32v b) { return __builtin_ia32_maxps256(a, b); }
+#elif X86_BUILTINS && NATIVE_BYTES / WIDEST_BYTES == 4
+INLINE f32v smaller(f32v a, f32v b) { return __builtin_ia32_minps(a, b); }
+INLINE f32v larger(f32v a, f32v b) { return __builtin_ia32_maxps(a, b); }
+#else
+INLINE f32v smaller(f32v a, f32v b) { return a < b ? a : b; }
+INLINE f32v larger(f32v a, f32v b) { return a > b ? a : b; }
+#endif
 //@ minimum maximum
 // NaN if either is NaN
+INLINE f32v minimum(f32v a, f32v b) { f32v r = smaller(a, b); return a != a ? a : r; }
+INLINE f32v maximum(f32v a, f32v b) { f32v r = larger(a, b); return a != a ? a : r; }
 template <class V> INLINE V minimum(V a, V b) { return (a < b) | (a != a) ? a : b; }
 template <class V> INLINE V maximum(V a, V b) { return (a > b) | (a != a) ? a : b; }
 //@ absolute
