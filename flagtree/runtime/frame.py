@@ -16,6 +16,7 @@ import torch
 
 from flagtree.errors import BindError
 from flagtree.runtime import memory
+from flagtree.runtime.direct import result_sizes
 from flagtree.runtime.expand import Declared
 from flagtree.runtime.index import Expression, evaluate, same_strides
 from flagtree.runtime.prepare import Allocate, Call, Launch, Layout, Prepared, Release, check_symbol, read_symbol
@@ -56,7 +57,7 @@ class Frame:
         raw = torch.empty(self.arena_bytes + memory.ALIGNMENT, dtype=torch.uint8, device=CPU)
         self.arena = raw[-raw.data_ptr() % memory.ALIGNMENT :][: self.arena_bytes]
         self.arena_start = self.arena.data_ptr()
-        needed = {n for s in prepared.steps if isinstance(s, Call) for n in (*s.step.operands, *s.step.mutates)}
+        needed = {n for s in prepared.steps if isinstance(s, Call) for n in (*s.step.operands, *s.step.mutates, s.into) if n}
         roots = {prepared.program.root(n) for n in needed}
         for name, offset in offsets.items():
             self._point(name, self.arena_start + offset)
@@ -197,6 +198,8 @@ class Frame:
         before = [*views, *step.computed]
         function, keywords = self._with_keywords(step)
         take = _taker(step.arguments)
+        if step.into is not None:
+            return self._direct_call(step, step.into, before, function, take)
         receive = self._receiver(step)
         resolve = self._resolver(step)
         if not before and not keywords and resolve is None and (plain := self._plain_output(step)) is not None:
@@ -209,6 +212,23 @@ class Frame:
             receive(result)
             if resolve is not None:
                 resolve()
+
+        return run
+
+    def _direct_call(
+        self, step: Call, into: str, before: Sequence[Any], function: Callable[..., Any], take: Callable[[list[Any]], tuple]
+    ) -> Callable[[], None]:
+        """The operator writes the tensor that its result's slot holds already; BindError where the sizes would not be the declared ones."""
+        slots, values, out = self.slots, self.values, self.prepared.slot[into]
+        given = [self.prepared.layouts[a["buffer"]].at(values)[0] for a in step.step.args if isinstance(a, dict) and "buffer" in a]
+        found, declared = result_sizes(step.step.callee, given), self.prepared.layouts[into].at(values)[0]
+        if found != declared:
+            raise BindError(f"{step.step.callee} returns {found}", where=step.step.name, why=f"{declared} was declared")
+
+        def run() -> None:
+            for slot, build in before:
+                slots[slot] = build(slots, values)
+            function(*take(slots), out=slots[out])
 
         return run
 

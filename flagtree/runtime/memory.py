@@ -1,7 +1,8 @@
 """Where each buffer of an unrolled launch list lives, and for how long.
 
 Temps that only pass between steps share one arena, each at an offset that no other live one overlaps; what is handed
-back or sized by an extern's result is allocated on its own; what an extern returns is its own.  Pure integers, no torch.
+back or sized by an extern's result is allocated on its own; what an extern returns is its own, unless it can be written in
+place (`direct.py`).  Pure integers, no torch.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from flagtree.errors import BundleError
+from flagtree.runtime.direct import written_into
 from flagtree.runtime.expand import ExternCall, KernelCall, Unrolled
 from flagtree.runtime.index import symbols_of
 
@@ -27,24 +29,27 @@ class Lifetime:
 
 @dataclass(slots=True)
 class Homes:
-    """Root buffers by where they live.  `late`: symbols that an extern's result decides."""
+    """Root buffers by where they live.  `late`: symbols that an extern's result decides.  `direct`: results of externs that
+    are written into memory of ours instead of being returned."""
 
     lifetimes: dict[str, Lifetime]
     arena: list[str]
     fresh: list[str]
     produced: list[str]
     late: set[str]
+    direct: set[str]
 
 
 def assign(program: Unrolled) -> Homes:
     """Decide the home of every root that is not given.  BundleError for a temp that nothing writes."""
-    produced = {program.root(o): i for i, s in enumerate(program.steps) if isinstance(s, ExternCall) for o in s.outputs if o}
-    lifetimes = _lifetimes(program)
-    returned = {program.root(o) for o in program.outputs if isinstance(o, str)}
     given = {b.name for b in program.given}
     late = {s["name"] for s in program.symbols if program.root(s["source"][1]) not in given}
+    direct = _direct(program, late)
+    produced = {program.root(o) for s in program.steps if isinstance(s, ExternCall) for o in s.outputs if o} - direct
+    lifetimes = _lifetimes(program, direct)
+    returned = {program.root(o) for o in program.outputs if isinstance(o, str)}
     sized_late = {program.root(b.name) for b in program.buffers.values() if symbols_of([b.shape, b.strides or [], b.offset]) & late}
-    homes = Homes(lifetimes, [], [], [], late)
+    homes = Homes(lifetimes, [], [], [], late, direct)
     for root in lifetimes:
         if root in given:
             continue
@@ -62,7 +67,19 @@ def assign(program: Unrolled) -> Homes:
     return homes
 
 
-def _lifetimes(program: Unrolled) -> dict[str, Lifetime]:
+def _direct(program: Unrolled, late: set[str]) -> set[str]:
+    """Results that every call which makes them can write in place."""
+    able: set[str] = set()
+    unable: set[str] = set()
+    for step in program.steps:
+        if isinstance(step, ExternCall):
+            into = written_into(program, step, late)
+            able |= {into} if into is not None else set()
+            unable |= {o for o in step.outputs if o and o != into}
+    return able - unable
+
+
+def _lifetimes(program: Unrolled, direct: set[str]) -> dict[str, Lifetime]:
     first: dict[str, int] = {}
     last: dict[str, int] = {}
     for i, step in enumerate(program.steps):
@@ -75,7 +92,7 @@ def _lifetimes(program: Unrolled) -> dict[str, Lifetime]:
     for step in reversed(program.steps):
         # an operator may return its operand (dropout in evaluation does), so operands live as long as results
         if isinstance(step, ExternCall):
-            end = max((last[program.root(o)] for o in step.outputs if o), default=0)
+            end = max((last[program.root(o)] for o in step.outputs if o and o not in direct), default=0)
             for root in (program.root(n) for n in step.operands):
                 last[root] = max(last[root], end)
     return {root: Lifetime(first[root], last[root]) for root in first}

@@ -14,6 +14,7 @@ import torch
 
 from flagtree.errors import BindError, BundleError
 from flagtree.runtime import memory, operands
+from flagtree.runtime.direct import out_form
 from flagtree.runtime.dtypes import torch_dtype
 from flagtree.runtime.expand import GIVEN, Declared, ExternCall, KernelCall, Unrolled, expand
 from flagtree.runtime.index import Expression, Values, compile_index, evaluate, row_major, symbols_of
@@ -72,7 +73,8 @@ class Launch:
 @dataclass(frozen=True, slots=True)
 class Call:
     """Operator call.  `arguments`, `keywords`: slots; `computed`: slots filled just before; `views`: buffers whose slot must
-    hold a view; `outputs`: slot or None; `resolves`: (symbol, output slot, spec); `copied`: results must be made our own."""
+    hold a view; `outputs`: slot or None; `resolves`: (symbol, output slot, spec); `copied`: results must be made our own; `into`: the
+    buffer that the operator, then its `out` form, writes."""
 
     step: ExternCall
     operator: torch._ops.OpOverload
@@ -83,6 +85,7 @@ class Call:
     outputs: tuple[int | None, ...]
     resolves: tuple[tuple[int, int, SymbolSpec], ...]
     copied: bool
+    into: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +212,8 @@ class Prepared:
         return start
 
     def _call(self, step: ExternCall) -> Call:
-        operator = operands.resolve(step.callee)
+        into = step.outputs[0] if len(step.outputs) == 1 and step.outputs[0] in self.homes.direct else None
+        operator = operands.resolve(step.callee if into is None else out_form(step.callee))
         computed: list[tuple[int, Build]] = []
         arguments = tuple(self._operand(a, computed) for a in step.args)
         keywords = tuple((k, self._operand(v, computed)) for k, v in sorted(step.kwargs.items()))
@@ -227,8 +231,8 @@ class Prepared:
         only_read = all(self.layouts[n].role in GIVEN for n in step.operands)
         only_read = only_read and not any(self.program.root(n) in self.written for n in used)
         views = tuple(n for n in step.operands if self.program.buffers[n].base is not None)
-        copied = operands.returns_view(operator) and not only_read
-        return Call(step, operator, arguments, keywords, tuple(computed), views, outputs, resolves, copied)
+        copied = into is None and operands.returns_view(operator) and not only_read
+        return Call(step, operator, arguments, keywords, tuple(computed), views, outputs, resolves, copied, into)
 
     def _operand(self, json: object, computed: list[tuple[int, Build]]) -> int:
         if isinstance(json, dict) and "buffer" in json:
