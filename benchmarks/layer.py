@@ -159,7 +159,8 @@ def table(found: dict[Case, dict[str, Any]], repeats: int) -> str:
         "# One Qwen3 decoder layer on the CPU", "",
         f"* {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC, {os.cpu_count()} cores, {platform.machine()}, {versions}",
         f"* one thread; median thread CPU milliseconds of {repeats} rounds, eager, Inductor and flagtree in one process, order rotated",
-        f"* prefill: {PROMPT} tokens a sequence; decode: one token at context {CONTEXT}, static cache; load average {os.getloadavg()[0]:.1f}",
+        f"* prefill: {PROMPT} tokens a sequence; decode: one token at context {CONTEXT}, static cache",
+        f"* load average at the end {os.getloadavg()[0]:.1f}",
         "* difference: largest, to eager's result, as a share of its largest element", "",
         "| type | width | phase | batch | eager | Inductor | flagtree | flagtree / Inductor | flagtree / eager | difference, Inductor |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -191,7 +192,7 @@ def main() -> None:
         for case in (c for c in cases() if options.only in label(c)):
             found[case] = run_case(case, options.repeats, options.steps, home)
             s = found[case]["seconds"]
-            print(label(case), " ".join(f"{w} {1e3 * v:.3f}" for w, v in s.items()), f"ratio {s['flagtree'] / s['inductor']:.3f}", flush=True)
+            print(label(case), *(f"{w} {1e3 * v:.3f}" for w, v in s.items()), f"ratio {s['flagtree'] / s['inductor']:.3f}", flush=True)
             for name, seconds in found[case].get("steps", ()):
                 print(f"    {1e3 * seconds:8.3f} ms  {name}")
     text = table(found, options.repeats)

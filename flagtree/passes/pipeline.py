@@ -18,11 +18,12 @@ from flagtree.passes.base import Fuel, Pass, Report
 from flagtree.passes.canonicalize import Canonicalize
 from flagtree.passes.fuse_pointwise import FusePointwise
 from flagtree.passes.fuse_reduction import FuseReduction
+from flagtree.passes.group_heads import GroupHeads
 from flagtree.passes.reinplace import Reinplace
 from flagtree.passes.schedule import ScheduleKernels
 from flagtree.targets.base import Target
 
-PASSES: dict[str, type] = {p.name: p for p in (Canonicalize, Reinplace, FusePointwise, FuseReduction, ScheduleKernels)}
+PASSES: dict[str, type] = {p.name: p for p in (Canonicalize, GroupHeads, Reinplace, FusePointwise, FuseReduction, ScheduleKernels)}
 _SPEC = r"([A-Za-z_]\w*)\s*(?:\{([^}]*)\})?\s*(?:,|$)"
 After = Callable[[Pass, Program, Report], None]
 
@@ -41,6 +42,7 @@ def pipeline(target: Target) -> tuple[Pass, ...]:
     """Program as lowered to Program as generated, for one target."""
     return (
         Canonicalize(),      # views into indices, casts, common subexpressions, dead code
+        GroupHeads(),        # attention of one token reads shared key heads where they lie
         Reinplace(),         # a state rewritten through a copy is written in place
         FusePointwise(),     # chains, gating, rotary
         FuseReduction(),     # norms and softmax with what surrounds them

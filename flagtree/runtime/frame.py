@@ -7,6 +7,7 @@ time: the call writes the addresses of what is new and runs the closures.  `laun
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from array import array
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from flagtree.runtime import memory
 from flagtree.runtime.direct import result_sizes
 from flagtree.runtime.expand import Declared
 from flagtree.runtime.index import Expression, evaluate, same_strides
-from flagtree.runtime.prepare import Allocate, Call, Launch, Layout, Prepared, Release, check_symbol, read_symbol
+from flagtree.runtime.prepare import Allocate, Build, Call, Launch, Layout, Prepared, Release, check_symbol, read_symbol
 
 CPU = torch.device("cpu")  # always named: a caller may have set another default device
 Positions = tuple[tuple[int, int], ...]  # (word of the pointer block, bytes after element 0)
@@ -199,7 +200,7 @@ class Frame:
         function, keywords = self._with_keywords(step)
         take = _taker(step.arguments)
         if step.into is not None:
-            return self._direct_call(step, step.into, before, function, take)
+            return self._direct_call(step, step.into, before, function)
         receive = self._receiver(step)
         resolve = self._resolver(step)
         if not before and not keywords and resolve is None and (plain := self._plain_output(step)) is not None:
@@ -215,15 +216,19 @@ class Frame:
 
         return run
 
-    def _direct_call(
-        self, step: Call, into: str, before: Sequence[Any], function: Callable[..., Any], take: Callable[[list[Any]], tuple]
-    ) -> Callable[[], None]:
+    def _direct_call(self, step: Call, into: str, before: list[tuple[int, Build]], function: Callable[..., Any]) -> Callable[[], None]:
         """The operator writes the tensor that its result's slot holds already; BindError where the sizes would not be the declared ones."""
-        slots, values, out = self.slots, self.values, self.prepared.slot[into]
-        given = [self.prepared.layouts[a["buffer"]].at(values)[0] for a in step.step.args if isinstance(a, dict) and "buffer" in a]
-        found, declared = result_sizes(step.step.callee, given), self.prepared.layouts[into].at(values)[0]
-        if found != declared:
+        slots, values, layouts = self.slots, self.values, self.prepared.layouts
+        names = [a["buffer"] for a in step.step.args if isinstance(a, dict) and "buffer" in a]
+        given, declared = [layouts[n].at(values)[0] for n in names], layouts[into].at(values)[0]
+        if (found := result_sizes(step.step.callee, given)) != declared:
             raise BindError(f"{step.step.callee} returns {found}", where=step.step.name, why=f"{declared} was declared")
+        arguments, out = step.arguments, self.prepared.slot[into]
+        if step.step.callee == "aten.linear.default":  # as one matrix: it never expands the weight by the batch
+            rows = math.prod(declared[:-1])
+            arguments = (self._reshaped(names[0], arguments[0], (rows, given[0][-1]), before), *arguments[1:])
+            out = self._reshaped(into, out, (rows, declared[-1]), before)
+        take = _taker(arguments)
 
         def run() -> None:
             for slot, build in before:
@@ -231,6 +236,17 @@ class Frame:
             function(*take(slots), out=slots[out])
 
         return run
+
+    def _reshaped(self, name: str, slot: int, sizes: tuple[int, ...], before: list[tuple[int, Build]]) -> int:
+        """A slot of this frame with the buffer in other sizes: made once where its tensor stays, else before each call."""
+        new = len(self.slots)
+        stays = name in self.persistent or name in self._views
+        tensor = self.slots[slot].reshape(sizes) if stays else None
+        if tensor is None or tensor.data_ptr() != self.slots[slot].data_ptr():
+            tensor = None
+            before.append((new, lambda slots, values: slots[slot].reshape(sizes)))
+        self.slots.append(tensor)
+        return new
 
     def _plain_output(self, step: Call) -> str | None:
         """The one result whose sizes are known and which needs nothing but a look, if the call is of that common kind."""

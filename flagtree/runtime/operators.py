@@ -5,6 +5,8 @@ Imports nothing but torch and our errors; importing the module registers the ope
 
     flagtree::attention   writes this call's keys and values into the cache in place, then attends over the cache
     flagtree::attend      the second half alone, for programs whose cache write is a kernel of their own
+    flagtree::grouped_attention   one query token over all rows of k and v under a mask [B or 1, 1, 1, C] that the heads share; result
+                                  [B, H, 1, D]: `scaled_dot_product_attention` without repeated key heads
 
 Shapes: q [B, H, S, D]; k, v [B, HK, S, D] with HK dividing H (any strides); k_cache, v_cache [B, HK, C, D]; start int64 [B], the
 number of tokens already in the cache of each sequence; result [B, S, H, D], contiguous, so that the head transpose costs nothing.
@@ -27,6 +29,7 @@ _MASK_ROWS = 512
 _library = torch.library.Library("flagtree", "FRAGMENT")
 _library.define("attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor start, float scale) -> Tensor")
 _library.define("attend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor start, float scale) -> Tensor")
+_library.define("grouped_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float? scale) -> Tensor")
 
 
 def _starts(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, start: torch.Tensor) -> list[int]:
@@ -110,6 +113,20 @@ def _one_token(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale:
     out.copy_(found.reshape(batch, 1, heads, values.shape[3]))
 
 
+def _one_token_masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None) -> torch.Tensor:
+    batch, heads, tokens, width = q.shape
+    key_heads = k.shape[1]
+    if tokens != 1 or heads % key_heads:
+        raise BindError(f"grouped_attention: {heads} query heads of {tokens} tokens over {key_heads} key heads", hint="one token is taken")
+    group = q.reshape(batch, key_heads, heads // key_heads, width)
+    found = scaled_dot_product_attention(group, k, v, attn_mask=mask, scale=scale)
+    return found.reshape(batch, heads, 1, v.shape[3])
+
+
+def _one_token_shape(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None) -> torch.Tensor:
+    return q.new_empty(q.shape[0], q.shape[1], 1, v.shape[3])
+
+
 def _grouped(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scale: float, out: torch.Tensor) -> None:
     """Several tokens: (batch, key head) becomes the batch and the group the heads, over which K and V are broadcast with stride 0.
 
@@ -137,5 +154,7 @@ def _attend_shape(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
 # CompositeExplicitAutograd: built from ATen calls, so it serves every device; on an accelerator reading `start` synchronises once
 _library.impl("attention", _attention, "CompositeExplicitAutograd")
 _library.impl("attend", _attend, "CompositeExplicitAutograd")
+_library.impl("grouped_attention", _one_token_masked, "CompositeExplicitAutograd")
+torch.library.register_fake("flagtree::grouped_attention", _one_token_shape, lib=_library)
 torch.library.register_fake(ATTENTION, _attention_shape, lib=_library)
 torch.library.register_fake(ATTEND, _attend_shape, lib=_library)

@@ -29,6 +29,7 @@ from flagtree.ir.interp import run
 from flagtree.ir.program import Buffer, Program, Repeat, Step, Symbol
 from flagtree.ir.text import parse_program, print_program
 from flagtree.ir.verify import verify
+from flagtree.runtime import operators as operators  # registers torch.ops.flagtree.*, which programs call
 
 SAMPLES = 4
 _DIRECTIVE = re.compile(r"// *(run|target|integers|refused|error)[: ] *(.*)")

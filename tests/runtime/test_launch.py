@@ -16,6 +16,7 @@ from flagtree.errors import BindError, BundleError, CodegenError
 from flagtree.runtime import frame
 from flagtree.runtime.cpu import load_library
 from flagtree.runtime.launch import Executable
+from flagtree.runtime.prepare import Call
 from tests.work import calls
 
 Build = Callable[..., tuple[dict, bytes]]
@@ -753,3 +754,46 @@ def test_the_time_of_one_launch(build: Build) -> None:
     run.call([x])
     assert calls(lambda: run.call([x])) < 40  # ten kernels: the C call and the pointers of each, and what a call costs once
     assert isinstance(next(iter(run._session._frames.values())), frame.Frame)
+
+
+DIRECT = """
+program direct
+  symbol s0 in 1..8 multiple 1 from dim x 0
+  buffer x: f32[s0, 3, 8] input strides(8, 8*s0, 1)
+  buffer w: f32[16, 8] weight
+  buffer u: f32[16, 8] weight
+  buffer g: f32[s0, 3, 16] temp
+  buffer h: f32[s0, 3, 16] temp
+  buffer m: f32[3, 16] temp alias h + 0
+  buffer z: f32[3, 3] temp
+  buffer y: f32[s0, 3, 16] temp
+  extern e0: (g) = aten.linear.default(x, w, none) reason "gemm"
+  extern e1: (h) = aten.linear.default(x, u) reason "gemm"
+  extern e2: (z) = aten.mm.default(m, v) reason "gemm"
+  kernel k0 {i0 < s0, i1 < 3, i2 < 16}
+    v0: f32 = load g[i0, i1, i2]
+    v1: f32 = load h[i0, i1, i2]
+    v2: f32 = add v0, v1
+    store y[i0, i1, i2] = v2
+  outputs y, z
+"""
+
+
+def test_products_write_into_the_arena(build: Build) -> None:
+    text = DIRECT.replace("  buffer u:", "  buffer v: f32[16, 3] weight\n  buffer u:")
+    added = "float *g = b[0], *h = b[1], *y = b[2]; for (int64_t i = 0; i < n[0] * 48; i++) y[i] = g[i] + h[i];"
+    run = executable(build(text, {"k0": added}))
+    direct = {s.into for s in run.prepared.steps if isinstance(s, Call)}
+    assert direct == {"g", "h", "z"}
+    w, u, v = torch.randn(16, 8), torch.randn(16, 8), torch.randn(16, 3)
+    for size in (1, 5, 1):
+        x = torch.randn(3, size, 8).transpose(0, 1)  # its rows are no matrix without a copy
+        y, z = run.call([x, w, v, u])
+        torch.testing.assert_close(y, torch.nn.functional.linear(x, w) + torch.nn.functional.linear(x, u))
+        torch.testing.assert_close(z, torch.nn.functional.linear(x, u).reshape(-1)[:48].view(3, 16) @ v)
+
+
+def test_a_product_of_other_sizes_than_declared_is_refused(build: Build) -> None:
+    text = CHAIN.replace("buffer t1: f32[s0, 16]", "buffer t1: f32[s0, 15]")
+    with pytest.raises(BindError, match="t1|returns"):
+        executable(build(text, CHAIN_BODIES)).call([torch.randn(2, 16), torch.randn(16, 16)])

@@ -135,3 +135,20 @@ def test_what_does_not_fit_is_refused_and_leaves_the_cache_alone(change: dict[st
         attention(*arguments.values(), 0.5)
     if "v" not in change:
         assert torch.cat((arguments["k_cache"], arguments["v_cache"])).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("masked", [True, False])
+def test_grouped_attention_is_attention_with_repeated_heads(masked: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(3)
+    q, (k, v) = torch.randn(3, 6, 1, 16, dtype=dtype), torch.randn(2, 3, 2, 9, 16, dtype=dtype)
+    mask = torch.rand(3, 1, 1, 9) < 0.6 if masked else None
+    if mask is not None:
+        mask[..., 0] = True
+    found = torch.ops.flagtree.grouped_attention(q, k, v, mask, 0.3)
+    scores = torch.einsum("bgqd,bgcd->bgqc", q.double().view(3, 2, 3, 16), k.double()) * 0.3
+    weights = (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1)
+    want = (weights @ v.double()).view(3, 6, 1, 16)
+    torch.testing.assert_close(found.double(), want, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    with pytest.raises(BindError, match="one token"):
+        torch.ops.flagtree.grouped_attention(q.expand(-1, -1, 2, -1), k, v, None, None)
