@@ -27,7 +27,6 @@ aten = torch.ops.aten
 WHOLE = frozenset(
     {
         aten.linear.default,  # its decomposition over a 3-D slice expands the weight by the batch
-        aten.matmul.default,
         aten.scaled_dot_product_attention.default,
         aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
         aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,

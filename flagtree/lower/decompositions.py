@@ -29,7 +29,8 @@ DECOMPOSITIONS = {aten.dropout.default: _dropout} | get_decompositions(
         # backward formulas
         aten.sigmoid_backward, aten.tanh_backward, aten.threshold_backward, aten.silu_backward, aten.gelu_backward,
         aten.hardtanh_backward, aten.leaky_relu_backward, aten.elu_backward, aten._softmax_backward_data,
-        aten._log_softmax_backward_data, aten.native_layer_norm_backward, aten.mse_loss_backward, aten.slice_backward,
-        aten.select_backward,
+        aten._log_softmax_backward_data, aten.native_layer_norm_backward, aten.mse_loss_backward, aten._fused_rms_norm_backward,
+        aten.softplus_backward, aten.mish_backward, aten.hardswish_backward, aten.hardsigmoid_backward, aten.log_sigmoid_backward,
+        aten.smooth_l1_loss_backward, aten.huber_loss_backward, aten.glu_backward, aten.logit_backward, aten.native_dropout_backward,
     ]
 )  # fmt: skip

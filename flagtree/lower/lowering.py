@@ -18,16 +18,18 @@ from flagtree.errors import CaptureError
 from flagtree.ir.dtypes import TORCH_NAMES
 from flagtree.ir.index import ZERO, Index, contiguous_strides
 from flagtree.ir.program import Alias, Buffer, Extern, Operand, Program, Ref, Step, TypeArg
+from flagtree.lower.backward import BACKWARD
 from flagtree.lower.builder import Body, NotLowered, Tensor, Value, compute_type
 from flagtree.lower.call import Call, packet_of
 from flagtree.lower.externs import reason_for, written_operands
 from flagtree.lower.memory import MEMORY
+from flagtree.lower.normalisation import NORMALISATIONS
 from flagtree.lower.pointwise import KEPT_OPERANDS, POINTWISE, REFUSED_OVERLOADS
 from flagtree.lower.reduction import REDUCTIONS
 from flagtree.lower.sizes import Sizes
 
 FROM_TORCH = {getattr(torch, v): k for k, v in TORCH_NAMES.items() if hasattr(torch, v)}
-RULES = {**REDUCTIONS, **MEMORY}
+RULES = {**REDUCTIONS, **NORMALISATIONS, **MEMORY, **BACKWARD}
 # they change a tensor's autograd record, not its values
 NO_OPERATION = frozenset({"aten.detach_", "aten.lift_fresh", "aten.requires_grad_"})
 

@@ -132,7 +132,12 @@ def _gather_index(body: Body, index: Value, extent: Index, wrap: bool) -> tuple[
     size = body.index(extent)
     if wrap:
         index = body.op("where", body.op("lt", index, 0), index + size, index)
-    return index, body.op("and", body.op("ge", index, 0), body.op("lt", index, size))
+    return index, valid_index(body, index, extent)
+
+
+def valid_index(body: Body, index: Value, extent: Index) -> Value:
+    """Does the index name one of `extent` elements?"""
+    return body.op("and", body.op("ge", index, 0), body.op("lt", index, body.index(extent)))
 
 
 def poison(tensor: Tensor) -> float:

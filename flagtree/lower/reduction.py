@@ -1,8 +1,7 @@
-"""Reductions, softmaxes and normalisations: one kernel each, over a domain of kept (parallel) and reduced axes."""
+"""Reductions, softmaxes and running sums: one kernel each, over a domain of kept (parallel) and reduced axes."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -49,7 +48,11 @@ class Rows:
 
     def at(self, tensor: Tensor, dims: Sequence[int]) -> Value:
         """Load a vector (weight, bias) indexed by some dimensions of x."""
-        return self.body.cast(self.body.load(tensor, [self.index[d] for d in dims]), compute_type(tensor.dtype))
+        return self.load_of(tensor, [self.index[d] for d in dims])
+
+    def load_of(self, tensor: Tensor, index: Sequence[Index]) -> Value:
+        """Load another tensor in its computing type."""
+        return self.body.cast(self.body.load(tensor, index), compute_type(tensor.dtype))
 
     def reduce(self, combiner: str, *values: Value) -> list[Value]:
         if not self.reduced:
@@ -57,9 +60,12 @@ class Rows:
         return self.body.reduce(combiner, *values, axes=self.reduced)
 
     def mean(self, value: Value) -> Value:
+        return self.reduce("sum", value)[0] / self.size(value.dtype)
+
+    def size(self, dtype: str) -> float | Value:
+        """Number of points that are reduced."""
         n = self.count.constant
-        total = self.reduce("sum", value)[0]
-        return total / (float(n) if n is not None else self.body.cast(self.body.index(self.count), value.dtype))
+        return float(n) if n is not None else self.body.cast(self.body.index(self.count), dtype)
 
     def kept_index(self, out: Tensor) -> list[Index]:
         """Where a row's result goes, with or without kept dimensions of size 1."""
@@ -143,15 +149,14 @@ def _logical(combiner: str) -> Rule:
     return rule
 
 
-def _variance(rows: Rows, value: Value, correction: float) -> tuple[Value, Value]:
+def variance(rows: Rows, value: Value, correction: float) -> tuple[Value, Value]:
     """(variance, mean) in two passes over the row: as exact as Welford's and without its divisions."""
     mean = rows.mean(value)
     delta = value - mean
     total = rows.reduce("sum", delta * delta)[0]
-    n = rows.count.constant
-    if n is not None:
-        return total / float(max(n - correction, 0)), mean
-    count = rows.body.cast(rows.body.index(rows.count), value.dtype)
+    count = rows.size(value.dtype)
+    if isinstance(count, float):
+        return total / max(count - correction, 0.0), mean
     return total / rows.body.op("max", count - correction, 0.0), mean
 
 
@@ -160,7 +165,7 @@ def _var(root: bool, with_mean: bool) -> Rule:
         x = call.tensor(0)
         correction = call.argument(99, "correction")
         rows = Rows.over(x, _dims(call, x))
-        var, mean = _variance(rows, rows.load(), 1.0 if correction is None else float(correction))
+        var, mean = variance(rows, rows.load(), 1.0 if correction is None else float(correction))
         if root:
             var = rows.body.op("sqrt", var)
         for out, value in zip(call.outs(), (var, mean) if with_mean else (var,), strict=True):
@@ -201,79 +206,6 @@ def _logsumexp(lowering: Lowering, call: Call) -> None:
     call.emit(b)
 
 
-def _normalised(rows: Rows, weight: Tensor | None, bias: Tensor | None, dims: Sequence[int], eps: float) -> tuple[Value, Value, Value]:
-    b, value = rows.body, rows.load()
-    var, mean = _variance(rows, value, 0)
-    rstd = b.op("rsqrt", var + eps)
-    y = (value - mean) * rstd
-    y = y * rows.at(weight, dims) if weight is not None else y
-    return (y + rows.at(bias, dims) if bias is not None else y), mean, rstd
-
-
-def _layer_norm(lowering: Lowering, call: Call) -> None:
-    x = call.tensor(0)
-    dims = list(range(len(x.shape) - len(call.argument(1, "normalized_shape")), len(x.shape)))
-    weight, bias = call.optional_tensor(2, "weight"), call.optional_tensor(3, "bias")
-    eps = call.argument(4, "eps")
-    rows = Rows.over(x, dims)
-    values = _normalised(rows, weight, bias, dims, 1e-5 if eps is None else eps)
-    outs = call.outs()
-    for k, out in enumerate(outs):
-        if out is not None:
-            rows.body.store(out, rows.index if k == 0 else rows.kept_index(out), values[k])
-    call.emit(rows.body)
-
-
-def _rms_norm(lowering: Lowering, call: Call) -> None:
-    x, out = call.tensor(0), call.out()
-    dims = list(range(len(x.shape) - len(call.argument(1, "normalized_shape")), len(x.shape)))
-    weight, eps = call.optional_tensor(2, "weight"), call.argument(3, "eps")
-    rows = Rows.over(x, dims)
-    b, value = rows.body, rows.load()
-    # without eps ATen takes the machine epsilon of the computing type
-    eps = {"f32": 2.0**-23, "f64": 2.0**-52}[value.dtype] if eps is None else eps
-    y = value * b.op("rsqrt", rows.mean(value * value) + eps)
-    if weight is not None:
-        y = y * rows.at(weight, dims)
-    b.store(out, rows.index, y)
-    call.emit(b)
-
-
-def _group_norm(lowering: Lowering, call: Call) -> None:
-    x, out = call.tensor(0), call.out()
-    groups = call.argument(1, "num_groups")
-    weight, bias = call.optional_tensor(2, "weight"), call.optional_tensor(3, "bias")
-    eps = call.argument(4, "eps")
-    channels = x.shape[1].constant
-    if channels is None or channels % groups:
-        raise NotLowered("channels not divisible by the groups")
-    b, width = Body([x.shape[0], Index.of(groups)]), channels // groups
-    inner = [b.reduce_axis(Index.of(width)), *(b.reduce_axis(n) for n in x.shape[2:])]
-    index = [b.point[0], b.point[1] * width + inner[0], *inner[1:]]
-    count = functools.reduce(lambda a, n: a * n, x.shape[2:], Index.of(width))
-    rows = Rows(b, x, index, inner, list(range(1, len(x.shape))), count)
-    y = _normalised(rows, weight, bias, [1], 1e-5 if eps is None else eps)[0]
-    b.store(out, rows.index, y)
-    call.emit(b)
-
-
-def _batch_norm(lowering: Lowering, call: Call) -> None:
-    x, out = call.tensor(0), call.out()
-    mean, var = call.optional_tensor(3, "running_mean"), call.optional_tensor(4, "running_var")
-    if call.argument(5, "training") or mean is None or var is None:
-        raise NotLowered("batch norm in training: updates the running statistics")
-    weight, bias = call.optional_tensor(1, "weight"), call.optional_tensor(2, "bias")
-    rows = Rows.over(x, [])
-    b = rows.body
-    # ATen folds the statistics into one factor and one term per channel
-    factor = b.op("rsqrt", rows.at(var, [1]) + call.argument(7, "eps"))
-    factor = factor * rows.at(weight, [1]) if weight is not None else factor
-    term = -(rows.at(mean, [1]) * factor)
-    term = rows.at(bias, [1]) + term if bias is not None else term
-    b.store(out, rows.index, rows.load() * factor + term)
-    call.emit(b)
-
-
 def _cumsum(lowering: Lowering, call: Call) -> None:
     x, out = call.tensor(0), call.out()
     if not x.shape:
@@ -308,10 +240,5 @@ REDUCTIONS: dict[str, Rule] = {
     "aten.log_softmax.int": _softmax(True),
     "aten._log_softmax": _softmax(True),
     "aten.logsumexp": _logsumexp,
-    "aten.layer_norm": _layer_norm,
-    "aten.native_layer_norm": _layer_norm,
-    "aten.rms_norm": _rms_norm,
-    "aten.group_norm": _group_norm,
-    "aten.batch_norm": _batch_norm,
     "aten.cumsum": _cumsum,
 }

@@ -43,11 +43,17 @@ def backend(module: fx.GraphModule, example_inputs: Sequence[Any], **options: ob
 def _training(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.aot_autograd import make_boxed_func
+    from torch.utils._python_dispatch import _disable_current_modes
 
     def compile_half(half: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-        return make_boxed_func(compiled(half))
+        with _disable_current_modes():  # AOTAutograd calls us under its fake mode; constants and arenas are real
+            return make_boxed_func(compiled(half))
 
-    return aot_autograd(fw_compiler=compile_half, bw_compiler=compile_half, inference_compiler=compile_half)(module, example_inputs)
+    # what is written without a gradient (running statistics) is written by the graph rather than copied after it
+    through_aot = aot_autograd(
+        fw_compiler=compile_half, bw_compiler=compile_half, inference_compiler=compile_half, keep_inference_input_mutations=True
+    )
+    return through_aot(module, example_inputs)
 
 
 def compiled(module: fx.GraphModule) -> Callable[..., Any]:

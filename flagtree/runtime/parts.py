@@ -24,7 +24,9 @@ def uncarried(node: fx.Node) -> str | None:
     """Why a program cannot hold this call, None where it can."""
     if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() not in _INLINED:
         return f"control flow, {node.target.name()}"
-    if "batch_norm_legit" in str(node.target) and _known(node.all_input_nodes[0]).dtype in (torch.bfloat16, torch.float16):
+    if "batch_norm_legit" in str(node.target) and _known(node.all_input_nodes[0]).dtype in (torch.bfloat16, torch.float16) and (
+        not isinstance(node.args[6], float)  # with a number for momentum it is generated, with the types that torch declares
+    ):
         return "torch declares float32 statistics and returns half ones"
     if node.target is operator.getitem and isinstance(node.args[0], fx.Node) and isinstance(_known(node.args[0]), tuple):
         return uncarried(node.args[0])  # what a call returns in parts stays beside it
