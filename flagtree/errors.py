@@ -73,5 +73,9 @@ class UntrustedBundle(BundleError):
     """Executing a bundle that nobody vouched for."""
 
 
+class DeviceError(FlagtreeError):
+    """A device or driver that is not here, or a driver that refuses a call: its code and name stand in `why`."""
+
+
 class BindError(FlagtreeError):
     """Inputs that do not fit a bundle's promises: missing names, dtype, shape, range, device."""

@@ -67,7 +67,7 @@ class Checker:
 
     def _check_all(self, tensors: Mapping[str, Any]) -> None:
         for name, layout in self.layouts.items():
-            _check_kind(name, layout, tensors[name])
+            _check_kind(name, layout, tensors[name], self.prepared.tensors)
         values = [max(1, s.lo) for s in self.prepared.symbols]
         for symbol in self.symbols:
             source = tensors[symbol.buffer] if symbol.buffer in tensors else self.known[symbol.buffer]
@@ -115,7 +115,7 @@ def _signature(value: Any) -> tuple:
     return type(value), value
 
 
-def _check_kind(name: str, layout: Layout, value: Any) -> None:
+def _check_kind(name: str, layout: Layout, value: Any, home: torch.device) -> None:
     if layout.role == "opaque":
         return
     if layout.role == "scalar":
@@ -127,8 +127,9 @@ def _check_kind(name: str, layout: Layout, value: Any) -> None:
     if value.dtype is not layout.dtype:
         hint = f"pass {name}.to({layout.dtype})"
         raise BindError(f"{name} has the wrong element type", why=f"{value.dtype} instead of {layout.dtype}", hint=hint)
-    if value.device.type != "cpu" or value.layout is not torch.strided:
-        raise BindError(f"{name} is not a plain tensor in main memory", why=f"{value.layout} on {value.device}", hint=f"pass {name}.cpu()")
+    if value.device != home or value.layout is not torch.strided:
+        place, hint = ("in main memory", f"pass {name}.cpu()") if home.type == "cpu" else (f"on {home}", f"pass {name}.to('{home}')")
+        raise BindError(f"{name} is not a plain tensor {place}", why=f"{value.layout} on {value.device}", hint=hint)
     if value.is_neg():  # conjugate views are complex, and no element type of ours is
         raise BindError(f"{name} is a lazy view", why="its memory does not hold its values", hint=f"pass {name}.resolve_neg()")
     if value.ndim != len(layout.shape):

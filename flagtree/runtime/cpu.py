@@ -12,7 +12,7 @@ import functools
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -72,7 +72,9 @@ def best_level(available: Collection[str], where: str = "") -> str:
 
 
 class CpuLibrary:
-    """A mapped shared object; `kernel` gives the function of a digest.  Stays mapped until the process ends."""
+    """A `prepare.Library` over a mapped shared object, which stays mapped until the process ends."""
+
+    tensors, device = torch.device("cpu"), None  # kernels run when they are called
 
     def __init__(self, data: bytes, where: str) -> None:
         self.where = where
@@ -90,6 +92,10 @@ class CpuLibrary:
             function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_void_p), None
             self._functions[digest] = function
         return self._functions[digest]
+
+    def launch(self, calls: Sequence[tuple[Callable[[int, int], object], int, int]], stream: int) -> list[Callable[[], object]]:
+        """One closure a call of (function, address of the pointers, address of the symbols); `stream` means nothing here."""
+        return [functools.partial(function, pointers, symbols) for function, pointers, symbols in calls]
 
 
 def load_library(data: bytes, where: str = "") -> CpuLibrary:

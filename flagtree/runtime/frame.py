@@ -7,6 +7,7 @@ time: the call writes the addresses of what is new and runs the closures.  `laun
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import operator
 from array import array
@@ -22,15 +23,18 @@ from flagtree.runtime.expand import Declared
 from flagtree.runtime.index import Expression, evaluate, same_strides
 from flagtree.runtime.prepare import Allocate, Build, Call, Launch, Layout, Prepared, Release, check_symbol, read_symbol
 
-CPU = torch.device("cpu")  # always named: a caller may have set another default device
 Positions = tuple[tuple[int, int], ...]  # (word of the pointer block, bytes after element 0)
 
 
 class Frame:
-    """Everything for one combination of sizes: `inputs` come with each call, `bound` stay, `values` are the symbols'."""
+    """Everything for one combination of sizes: `inputs` come with each call, `bound` stay, `values` are the symbols'.
 
-    def __init__(self, prepared: Prepared, inputs: Sequence[Declared], bound: Mapping[str, Any], values: Sequence[int]) -> None:
-        self.prepared = prepared
+    On a GPU it is also for one `stream`: its arena is memory of that stream, its launches go there."""
+
+    def __init__(
+        self, prepared: Prepared, inputs: Sequence[Declared], bound: Mapping[str, Any], values: Sequence[int], stream: int = 0
+    ) -> None:
+        self.prepared, self.tensors = prepared, prepared.tensors
         self.values = list(values)
         self.words = array("Q", bytes(8 * max(1, prepared.pointer_count)))
         self.numbers = array("q", bytes(8 * max(1, len(prepared.symbol_words))))
@@ -45,7 +49,7 @@ class Frame:
             self._fix(name, value)
         self._views = self._fix_views()
         self._inputs = self._input_writers(inputs)
-        self.steps = [self._compile(s) for s in prepared.steps]
+        self.steps = self._closures(stream)
         self.template = list(self.slots)
         self._refresh(self.values)
 
@@ -55,7 +59,7 @@ class Frame:
         shapes = {n: prepared.layouts[n].at(self.values) for n in prepared.homes.arena}
         sizes = {n: _extent(*shapes[n]) * prepared.layouts[n].dtype.itemsize for n in shapes}
         offsets, self.arena_bytes = memory.place(sizes, prepared.homes.lifetimes)
-        raw = torch.empty(self.arena_bytes + memory.ALIGNMENT, dtype=torch.uint8, device=CPU)
+        raw = torch.empty(self.arena_bytes + memory.ALIGNMENT, dtype=torch.uint8, device=self.tensors)
         self.arena = raw[-raw.data_ptr() % memory.ALIGNMENT :][: self.arena_bytes]
         self.arena_start = self.arena.data_ptr()
         needed = {n for s in prepared.steps if isinstance(s, Call) for n in (*s.step.operands, *s.step.mutates, s.into) if n}
@@ -96,7 +100,7 @@ class Frame:
         for i, buffer in enumerate(inputs):
             positions, cell = self._positions(buffer.name), None
             if buffer.role == "scalar" and positions:
-                cell = torch.empty((), dtype=self.prepared.layouts[buffer.name].dtype, device=CPU)
+                cell = torch.empty((), dtype=self.prepared.layouts[buffer.name].dtype, device=self.tensors)
                 self._point(buffer.name, cell.data_ptr())
                 positions = ()
             out.append((i, self.prepared.slot[buffer.name], positions, cell))
@@ -128,11 +132,18 @@ class Frame:
         return outputs
 
     # -- steps as closures -------------------------------------------------------------------------------------------
-    def _compile(self, step: Launch | Call | Allocate | Release) -> Callable[[], object]:
-        if isinstance(step, Launch):
-            return functools.partial(
-                step.function, self.words.buffer_info()[0] + step.pointers, self.numbers.buffer_info()[0] + step.symbols
-            )
+    def _closures(self, stream: int) -> list[Callable[[], object]]:
+        words, numbers = self.words.buffer_info()[0], self.numbers.buffer_info()[0]
+        out: list[Callable[[], object]] = []
+        for launches, group in itertools.groupby(self.prepared.steps, lambda step: isinstance(step, Launch)):
+            if launches and self.prepared.library is not None:
+                calls = [(s.kernel, words + s.pointers, numbers + s.symbols) for s in group if isinstance(s, Launch)]
+                out += self.prepared.library.launch(calls, stream)
+            else:
+                out += [self._compile(s) for s in group if not isinstance(s, Launch)]
+        return out
+
+    def _compile(self, step: Call | Allocate | Release) -> Callable[[], object]:
         if isinstance(step, Allocate):
             return self._allocate(step.name)
         if isinstance(step, Release):
@@ -150,18 +161,18 @@ class Frame:
 
     def _allocate(self, name: str) -> Callable[[], None]:
         layout, put = self.prepared.layouts[name], self._put(name)
-        fixed = None if layout.late else layout.at(self.values)
+        fixed, tensors = None if layout.late else layout.at(self.values), self.tensors
 
         def run() -> None:
             sizes, strides = fixed or layout.at(self.values)
-            put(torch.empty_strided(sizes, strides, dtype=layout.dtype, device=CPU))
+            put(torch.empty_strided(sizes, strides, dtype=layout.dtype, device=tensors))
 
         return run
 
     def _number(self, name: str) -> Callable[[Any], None]:
         """A number that an extern returns: into the slot, and into a cell for the kernels that read it."""
         slots, slot = self.slots, self.prepared.slot[name]
-        cell = torch.empty((), dtype=self.prepared.layouts[name].dtype, device=CPU)
+        cell = torch.empty((), dtype=self.prepared.layouts[name].dtype, device=self.tensors)
         self._point(name, cell.data_ptr())
 
         def put(value: Any) -> None:
@@ -337,7 +348,7 @@ class Frame:
             if same_strides(sizes, value.stride(), strides):
                 return value
             self.prepared.restrided[step.step.name] = self.prepared.restrided.get(step.step.name, 0) + 1
-        return torch.empty_strided(sizes, strides, dtype=layout.dtype, device=CPU).copy_(value)
+        return torch.empty_strided(sizes, strides, dtype=layout.dtype, device=self.tensors).copy_(value)
 
     def _resolver(self, step: Call) -> Callable[[], None] | None:
         if not step.resolves:

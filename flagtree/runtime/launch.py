@@ -14,6 +14,7 @@ import torch
 from flagtree.errors import BindError
 from flagtree.runtime.expand import Declared
 from flagtree.runtime.frame import Frame
+from flagtree.runtime.gpu import Device
 from flagtree.runtime.prepare import Library, Prepared, SymbolSpec, check_symbol, read_symbol
 
 KEPT_BYTES = 256 << 20  # arenas kept between calls, for one session
@@ -32,7 +33,7 @@ class Executable:
     ) -> None:
         self.prepared = Prepared(launch, library)
         given = {b.name for b in self.prepared.program.given}
-        self.constants = {n: t for n, t in (constants or {}).items() if n in given}
+        self.constants = {n: t.to(self.prepared.tensors) for n, t in (constants or {}).items() if n in given}
         self._session = Session(self, {})
         self.inputs: list[Declared] = self._session.inputs
         self.restrided = self.prepared.restrided  # extern name to how often its result was copied into the declared strides
@@ -60,6 +61,7 @@ class Session:
         self._readers = [(i, self._reader(s), s) for i, s in early]
         self._values = [max(1, s.lo) for s in self.prepared.symbols]  # for symbols that an extern resolves later
         self._frames: dict[tuple[int, ...], Frame] = {}
+        self._autocasts = sorted({"cpu", self.prepared.tensors.type})
 
     def _reader(self, symbol: SymbolSpec) -> Callable[[Sequence[Any]], int]:
         k = symbol.dimension
@@ -75,9 +77,10 @@ class Session:
 
     def __call__(self, args: Sequence[Any]) -> tuple:
         """As `Executable.call`, over the buffers that are not bound."""
-        if torch.is_autocast_enabled("cpu"):  # the launch list says every type; autocast would change them in externs
-            with torch.autocast("cpu", enabled=False):
-                return self(args)
+        for kind in self._autocasts:
+            if torch.is_autocast_enabled(kind):  # the launch list says every type; autocast would change them in externs
+                with torch.autocast(kind, enabled=False):
+                    return self(args)
         if len(args) != len(self.inputs):
             raise BindError(f"{self.prepared.program.name} takes {len(self.inputs)} inputs, {len(args)} were given")
         values = self._values.copy()
@@ -86,14 +89,29 @@ class Session:
             if not symbol.lo <= value <= symbol.hi or value % symbol.multiple:
                 check_symbol(symbol, value)
         key = tuple([values[i] for i in self.prepared.key_symbols])
+        if self.prepared.device is not None:
+            return self._on_device(self.prepared.device, key, args, values)
         frame = self._frames.pop(key, None) or self._frame(values)
         outputs = frame.run(args, values)
         self._keep(key, frame)
         return outputs
 
-    def _frame(self, values: list[int]) -> Frame:
+    def _on_device(self, device: Device, key: tuple[int, ...], args: Sequence[Any], values: list[int]) -> tuple:
+        """Launch on the caller's current stream.  A frame belongs to one stream, so that its arena is never used on two at once; what
+        a graph records has a frame of its own, whose arena the graph's memory pool owns, as it replays after the frame is gone."""
+        with device.here():
+            stream = device.queue()
+            if device.capturing():
+                return self._frame(values, stream).run(args, values)
+            key = (*key, stream)
+            frame = self._frames.pop(key, None) or self._frame(values, stream)
+            outputs = frame.run(args, values)
+            self._keep(key, frame)
+            return outputs
+
+    def _frame(self, values: list[int], stream: int = 0) -> Frame:
         with torch.inference_mode(False):  # a frame outlives the caller's mode
-            return Frame(self.prepared, self.inputs, self.bound, values)
+            return Frame(self.prepared, self.inputs, self.bound, values, stream)
 
     def _keep(self, key: tuple[int, ...], frame: Frame) -> None:
         """Keep the frame for the next call with these sizes, the most recent ones within bounds."""

@@ -7,7 +7,7 @@ are listed.  Imports neither the compiler's packages nor what they need.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ import torch
 from flagtree.artifact.bundle import Bundle, open_bundle, summarise
 from flagtree.artifact.trust import check_trust
 from flagtree.errors import BundleError
-from flagtree.runtime import cpu
+from flagtree.runtime import cpu, gpu
 from flagtree.runtime.bind import Checker, check_names, describe
+from flagtree.runtime.cpu import CpuLibrary
+from flagtree.runtime.gpu import GpuLibrary
 from flagtree.runtime.launch import Executable, Session
 
 
@@ -86,38 +88,66 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class LoadedBundle:
-    """`parts`: name to callable.  `level`: the CPU level that runs."""
+    """`parts`: name to callable.  `level`: the CPU level that runs, "" on another device.  `device`: where its tensors live."""
 
     bundle: Bundle
     level: str
     parts: Mapping[str, Part]
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def digest(self) -> str:
         return self.bundle.digest
 
 
-def load(path: str | Path, *, trust: str | None = None, threads: int | None = None) -> LoadedBundle:
+def load(
+    path: str | Path, *, trust: str | None = None, threads: int | None = None, device: torch.device | str | None = None
+) -> LoadedBundle:
     """Load a bundle for execution on this machine.
 
     `trust`: the digest of the bundle, where this machine did not build it.  `threads`: threads of this process's OpenMP,
-    torch's operators included (`torch.set_num_threads`).  BundleError: no bundle, damaged, for a target or a CPU that is
-    not here, made for an operator that this torch lacks; UntrustedBundle: nobody vouched for its code.
+    torch's operators included (`torch.set_num_threads`).  `device`: for a GPU's bundle which of torch's devices, by default the
+    current one.  BundleError: no bundle, damaged, for a CPU that is not here, made for an operator that this torch lacks, kernels
+    that no vendor's compiler has finished; UntrustedBundle: nobody vouched for its code; DeviceError: its device is not here.
     """
     bundle = open_bundle(path)
     check_trust(bundle.digest, trust, where=str(path))
-    if not bundle.manifest.libraries:
-        raise BundleError(
-            f"the bundle is for {bundle.manifest.target}, which is not in this machine's reach",
-            where=str(path),
-            why="it holds no library for a CPU",
-            hint="flagtree targets shows what runs here; compile for the target 'cpu' to run on the CPU",
-        )
-    level = cpu.best_level(bundle.manifest.libraries, str(path))
-    library = cpu.load_library(bundle.library(level), f"{path}/lib/{level}.so")
+    library: CpuLibrary | GpuLibrary
+    if bundle.manifest.libraries:
+        level = cpu.best_level(bundle.manifest.libraries, str(path))
+        library = cpu.load_library(bundle.library(level), f"{path}/lib/{level}.so")
+    else:
+        level, library = "", _gpu_library(bundle, device)
     constants = bundle.constants()
     if threads is not None:
         torch.set_num_threads(threads)
     launches = {name: bundle.part(name) for name in bundle.manifest.parts}
     parts = {name: Part(name, launch, Executable(launch, library, constants)) for name, launch in launches.items()}
-    return LoadedBundle(bundle, level, parts)
+    return LoadedBundle(bundle, level, parts, library.tensors)
+
+
+def _gpu_library(bundle: Bundle, device: torch.device | str | None) -> GpuLibrary:
+    """The bundle's kernels on this machine's device.  BundleError for a kernel below the tier `binary`, DeviceError without the device."""
+    manifest, where = bundle.manifest, str(bundle.path)
+    if not gpu.launches(manifest.target):
+        raise BundleError(
+            f"the bundle is for {manifest.target}, which is not in this machine's reach",
+            where=where,
+            why="it holds no library for a CPU, and flagtree knows no driver for its target",
+            hint="flagtree targets shows what runs here; compile for the target 'cpu' to run on the CPU",
+        )
+    unfinished = {digest: kernel for digest, kernel in manifest.kernels.items() if kernel.tier != "binary"}
+    if unfinished:
+        first = next(iter(unfinished.values()))
+        raise BundleError(
+            f"the bundle for {manifest.target} cannot run: {len(unfinished)} of {len(manifest.kernels)} kernels are at tier {first.tier}",
+            where=where,
+            why=first.missing or "no binary was built",
+            hint="`flagtree finalize BUNDLE` raises the tier where the vendor's toolchain is installed",
+        )
+
+    def read(digest: str, file: str) -> bytes:
+        return bundle.read(f"kernels/{digest[:16]}/{file}")
+
+    launches = {digest: kernel.launch for digest, kernel in manifest.kernels.items()}
+    return GpuLibrary(gpu.find_device(manifest.target, device), launches, read, where)

@@ -6,7 +6,7 @@ from here, before anything runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Union
 
@@ -17,17 +17,28 @@ from flagtree.runtime import memory, operands
 from flagtree.runtime.direct import out_form
 from flagtree.runtime.dtypes import torch_dtype
 from flagtree.runtime.expand import GIVEN, Declared, ExternCall, KernelCall, Unrolled, expand
+from flagtree.runtime.gpu import Device
 from flagtree.runtime.index import Expression, Values, compile_index, evaluate, row_major, symbols_of
 
 Slots = list[Any]
 Build = Callable[[Slots, Values], object]
+CPU = torch.device("cpu")  # always named: a caller may have set another default device
 WORD = 8  # bytes of an address and of a symbol in the kernels' ABI
 
 
 class Library(Protocol):
-    """Compiled kernels: a function (address of the pointers, address of the symbols) for a digest."""
+    """Compiled kernels.  `tensors`: where their tensors live; `device`: what launches go to, None where they run at once."""
 
-    def kernel(self, digest: str) -> Callable[[int, int], object]: ...
+    @property
+    def tensors(self) -> torch.device: ...
+    @property
+    def device(self) -> Device | None: ...
+
+    def kernel(self, digest: str) -> Any:
+        """What `launch` needs of a kernel, all of it loaded."""
+
+    def launch(self, calls: Sequence[tuple[Any, int, int]], stream: int) -> list[Callable[[], object]]:
+        """Closures that run neighbouring (kernel, address of its pointers, address of its symbols), in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +76,7 @@ class SymbolSpec:
 class Launch:
     """Kernel call: bytes from the start of the pointer block and of the symbol block."""
 
-    function: Callable[[int, int], object]
+    kernel: Any
     pointers: int
     symbols: int
 
@@ -107,6 +118,8 @@ class Prepared:
     def __init__(self, launch: Mapping[str, Any], library: Library | None) -> None:
         self.program: Unrolled = expand(launch)
         self.library = library
+        self.device = None if library is None else library.device
+        self.tensors = CPU if library is None else library.tensors
         self.symbols = [_symbol(s, self.program) for s in self.program.symbols]
         self.places = {s.name: i for i, s in enumerate(self.symbols)}
         self.homes = memory.assign(self.program)

@@ -41,6 +41,12 @@ def all_targets() -> tuple[Target, ...]:
     return tuple({target.name: target for target in _registry().values()}.values())
 
 
+def target_of_device(properties: object) -> Target | None:
+    """The target whose code a device executes best, from torch's properties of the device; None where no target's does."""
+    best = max(all_targets(), key=lambda target: target.fit(properties), default=None)
+    return best if best is not None and best.fit(properties) else None
+
+
 @functools.cache
 def _registry() -> Mapping[str, Target]:
     return register(FAMILIES, entry_points(group=GROUP))

@@ -23,9 +23,38 @@ class Reach:
 
 
 @dataclass(frozen=True, slots=True)
+class Driver:
+    """A vendor's driver library as data; runtime/driver.py says what each role is called with.
+
+    `libraries`: names to open, best first.  `symbols`: role to exported function.  `shared_free`: bytes of dynamic shared memory that
+    a launch may ask for as it is; `shared_attribute`: the function attribute that raises it, None where the launch alone decides.
+    `error_returned`: the name of an error is the result of its function, else it is written through a pointer.
+    `device`: torch's name for tensors of such a device.  `attributes`: device attributes that `Target.executes` looks at.
+    """
+
+    name: str
+    libraries: tuple[str, ...]
+    symbols: Mapping[str, str]
+    shared_free: int
+    shared_attribute: int | None = None
+    error_returned: bool = False
+    device: str = "cuda"
+    attributes: tuple[int, ...] = ()
+
+
+def _any_device(attributes: tuple[int, ...]) -> bool:
+    return True
+
+
+def _no_device(properties: object) -> int:
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
     """`language`: the code generator ("cpp" or "triton").  `toolchain`: a module of flagtree.toolchain.
-    `facts_from`: the source of each hardware fact, by field name.  Sizes in bytes, counts plain."""
+    `facts_from`: the source of each hardware fact, by field name.  Sizes in bytes, counts plain.  `executes`: do devices with these
+    driver attributes run its code; `fit`: how well it fits a device that torch describes (its device properties), 0 for not at all."""
 
     name: str
     family: str
@@ -44,3 +73,6 @@ class Target:
     options: Mapping[str, object] = field(default_factory=dict)
     facts_from: Mapping[str, str] = field(default_factory=dict)
     probe: Callable[[], Reach] = lambda: Reach("source")
+    driver: Driver | None = None
+    executes: Callable[[tuple[int, ...]], bool] = _any_device
+    fit: Callable[[object], int] = _no_device

@@ -9,18 +9,45 @@ from __future__ import annotations
 import ctypes
 from functools import partial
 
-from flagtree.targets.base import Reach, Target
+from flagtree.targets.base import Driver, Reach, Target
 from flagtree.targets.stock_triton import reach
 
 _CAPABILITY = "CUDA C++ Programming Guide 13.0, appendix Compute Capabilities, table Technical Specifications"
 _PTX = "PTX ISA, Release Notes: version and the CUDA driver that brought it"
 _DTYPES = frozenset({"b1", "u8", "i8", "i16", "i32", "i64", "f16", "bf16", "f32", "f64", "f8e5m2"})
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR in cuda.h
+# The product names of the devices that NVIDIA's own driver brings up; other vendors' builds of torch say "cuda" as well.
+_PRODUCTS = ("NVIDIA", "GRID", "Tesla")
+DRIVER = Driver(
+    name="the CUDA driver",
+    libraries=("libcuda.so.1",),
+    symbols={
+        "init": "cuInit", "count": "cuDeviceGetCount", "device": "cuDeviceGet", "attribute": "cuDeviceGetAttribute",
+        "retain": "cuDevicePrimaryCtxRetain", "current": "cuCtxGetCurrent", "set_current": "cuCtxSetCurrent",
+        "load": "cuModuleLoadData", "function": "cuModuleGetFunction", "set_attribute": "cuFuncSetAttribute",
+        "launch": "cuLaunchKernel", "error_name": "cuGetErrorName",
+    },
+    shared_free=48 * 1024,  # CUDA C++ Programming Guide 13.0, compute capability 7.x and later: more needs an explicit opt-in
+    shared_attribute=8,     # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES in cuda.h
+    attributes=(_MAJOR, _MINOR),
+)  # fmt: skip
+
+
+def _executes(capability: int, found: tuple[int, ...]) -> bool:
+    """Code for sm_80 runs on 8.6 and 8.9; code for 9.0 and above carries the architecture's own features and runs only there."""
+    device = found[0] * 10 + found[1]
+    return device == capability or (capability < 90 and found[0] == capability // 10 and device >= capability)
+
+
+def _fit(capability: int, properties: object) -> int:
+    """The capability, so that the highest that the device executes is taken."""
+    device = (int(getattr(properties, "major", 0)), int(getattr(properties, "minor", 0)))
+    named = str(getattr(properties, "name", "")).startswith(_PRODUCTS)
+    return capability if named and _executes(capability, device) else 0
 
 
 def has_device(capability: int) -> bool:
-    """Whether a device that runs this code is here: asks the driver, loads no other library and makes no context.
-    Code for sm_80 runs on 8.6 and 8.9; code for 9.0 and above carries the architecture's own features and runs only there."""
+    """Whether a device that runs this code is here: asks the driver, loads no other library and makes no context."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
         count, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
@@ -33,8 +60,7 @@ def has_device(capability: int) -> bool:
             failed = driver.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device) or driver.cuDeviceGetAttribute(
                 ctypes.byref(minor), _MINOR, device
             )
-            found = major.value * 10 + minor.value
-            if not failed and (found == capability or (capability < 90 and found // 10 == capability // 10 and found >= capability)):
+            if not failed and _executes(capability, (major.value, minor.value)):
                 return True
     except (OSError, AttributeError):
         return False
@@ -71,6 +97,9 @@ def _target(capability: int, description: str, shared_kib: int, ptx: int, driver
             "ptx_version": f"{_PTX}: {ptx // 10}.{ptx % 10} is read by driver {driver} and newer",
         },
         probe=partial(_probe, capability),
+        driver=DRIVER,
+        executes=partial(_executes, capability),
+        fit=partial(_fit, capability),
     )
 
 

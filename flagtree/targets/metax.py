@@ -12,7 +12,7 @@ from pathlib import Path
 
 from flagtree.settings import settings
 from flagtree.targets import stock_triton
-from flagtree.targets.base import Reach, Target
+from flagtree.targets.base import Driver, Reach, Target
 
 SDK_COMPILER = Path("mxgpu_llvm") / "bin" / "mxcc"  # below MACA_PATH, where MetaX's own Triton looks for it
 # Why a kernel stops at `llir`, the same words on every machine: they go into bundles.
@@ -50,6 +50,18 @@ def probe() -> Reach:
 
 
 _FLAGTREE_METAX = "FlagTree third_party/metax and MetaX-MACA/mcTriton, read as source"
+# Names and arguments as FlagTree's own driver.c and public users of libmcruntime.so have them; never called by us on a device.
+DRIVER = Driver(
+    name="the MACA runtime",
+    libraries=("libmcruntime.so",),
+    symbols={
+        "init": "mcInit", "count": "mcGetDeviceCount", "device": "mcDeviceGet", "retain": "mcDevicePrimaryCtxRetain",
+        "current": "mcCtxGetCurrent", "set_current": "mcCtxSetCurrent", "load": "mcModuleLoadData", "function": "mcModuleGetFunction",
+        "launch": "mcModuleLaunchKernel", "error_name": "mcGetErrorName",
+    },
+    shared_free=64 * 1024,  # the launch itself enforces the limit; mcFuncSetAttribute refuses functions of modules (public reports)
+    error_returned=True,
+)  # fmt: skip
 TARGETS = (
     Target(
         name="metax",
@@ -76,5 +88,6 @@ TARGETS = (
             "processor": "mxcc --offload-arch xcore1000, its default; a C550 reports xcore1002 and runs xcore1000 code (public reports)",
         },
         probe=probe,
+        driver=DRIVER,
     ),
 )

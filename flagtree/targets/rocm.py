@@ -8,12 +8,26 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from flagtree.targets.base import Reach, Target
+from flagtree.targets.base import Driver, Reach, Target
 from flagtree.targets.stock_triton import reach
 
 _CDNA = "AMD Instinct MI200 and MI300 Instruction Set Architecture, reference guides: work-group limits and LDS"
 _DTYPES = frozenset({"b1", "u8", "i8", "i16", "i32", "i64", "f16", "bf16", "f32", "f64"})
 _TOPOLOGY = Path("/sys/class/kfd/kfd/topology/nodes")  # the kernel driver's own list; gfx_target_version 90402 is gfx942
+DRIVER = Driver(
+    name="the HIP runtime",
+    libraries=("libamdhip64.so.7", "libamdhip64.so.6", "libamdhip64.so"),
+    symbols={
+        "init": "hipInit", "count": "hipGetDeviceCount", "device": "hipDeviceGet", "current": "hipGetDevice", "set_current": "hipSetDevice",
+        "load": "hipModuleLoadData", "function": "hipModuleGetFunction", "launch": "hipModuleLaunchKernel", "error_name": "hipGetErrorName",
+    },
+    shared_free=64 * 1024,  # the whole LDS of a work-group; Triton's own HIP launcher sets no attribute either
+    error_returned=True,
+)  # fmt: skip
+
+
+def _fit(architecture: str, properties: object) -> int:
+    return int(str(getattr(properties, "gcnArchName", "")).split(":")[0] == architecture)
 
 
 def has_device(architecture: str) -> bool:
@@ -53,6 +67,8 @@ def _target(architecture: str, description: str, *aliases: str) -> Target:
             "row_limit": "ours: 16 elements a thread with 16 wavefronts",
         },
         probe=partial(_probe, architecture),
+        driver=DRIVER,
+        fit=partial(_fit, architecture),
     )
 
 
