@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from flagtree.ir.flat import FlatKernel, map_indices, operands
 from flagtree.ir.index import ZERO, Bounds, Index, Quotient, Remainder, floordiv, remainder
-from flagtree.ir.program import Arg, BodyOp, Compute, IndexValue, Load, Reduce, Scan, Store, defined
+from flagtree.ir.program import Arg, BodyOp, Compute, IndexValue, Load, Reduce, Scan, Store, defined, indices
 
 MAX_POINTS = 7  # more pieces than eight cost more code than they save
 COMPARISONS = ("lt", "le", "gt", "ge")
@@ -56,8 +56,7 @@ def breakpoints(kernel: FlatKernel, axis: str) -> tuple[Index, ...]:
 def _division_points(kernel: FlatKernel, axis: str) -> list[Index]:
     out: list[Index] = []
     for op in kernel.body:
-        exprs = (op.expr,) if isinstance(op, IndexValue) else op.access.index if isinstance(op, (Load, Store)) else ()
-        for e in exprs:
+        for e in indices(op):
             for atom in _divisions(e):
                 out += _atom_points(kernel, axis, atom)
     return out

@@ -18,7 +18,6 @@ from flagtree.ir.program import (
     Axis,
     BodyOp,
     Buffer,
-    Compute,
     IndexValue,
     Kernel,
     Load,
@@ -28,6 +27,8 @@ from flagtree.ir.program import (
     Scan,
     Schedule,
     Store,
+    indices,
+    operands,
 )  # fmt: skip
 
 INT32_MAX = 2**31 - 1
@@ -124,22 +125,6 @@ def value_facts(axes: Iterable[Axis], body: Iterable[BodyOp]) -> tuple[dict[str,
     return depends, dtypes
 
 
-def operands(op: BodyOp) -> tuple[str, ...]:
-    """The SSA values (and, for indices, axes and symbols) that an op reads, in order, each once."""
-    if isinstance(op, Compute):
-        return tuple(dict.fromkeys(a for a in op.args if isinstance(a, str)))
-    if isinstance(op, Reduce):
-        return tuple(dict.fromkeys(op.args))
-    if isinstance(op, Scan):
-        return (op.arg,)
-    if isinstance(op, IndexValue):
-        return tuple(sorted(op.expr.names()))
-    names = sorted(frozenset().union(*(i.names() for i in op.access.index)))
-    mask = () if op.access.mask is None else (op.access.mask,)
-    value = (op.value,) if isinstance(op, Store) else ()
-    return tuple(dict.fromkeys((*names, *mask, *value)))
-
-
 def _op_depends(op: BodyOp, depends: Mapping[str, frozenset[str]], axes: frozenset[str]) -> frozenset[str]:
     found: set[str] = set()
     for name in operands(op):
@@ -211,8 +196,7 @@ def _one_walk(outer: Axis, inner: Axis, body: tuple[BodyOp, ...], schedule: Sche
             return False
         if isinstance(op, Reduce) and (outer.name in op.axes) != (inner.name in op.axes):
             return False
-        exprs = (op.expr,) if isinstance(op, IndexValue) else op.access.index if isinstance(op, (Load, Store)) else ()
-        for e in exprs:
+        for e in indices(op):
             a, b = e.coefficient(outer.name), e.coefficient(inner.name)
             if a is None or b is None or not bounds.equal(a, b * inner.extent):
                 return False

@@ -145,6 +145,26 @@ def defined(op: BodyOp) -> tuple[str, ...]:
     return () if isinstance(op, Store) else op.names if isinstance(op, Reduce) else (op.name,)
 
 
+def indices(op: BodyOp) -> tuple[Index, ...]:
+    """The index expressions that a body op holds."""
+    return op.access.index if isinstance(op, (Load, Store)) else (op.expr,) if isinstance(op, IndexValue) else ()
+
+
+def arguments(op: BodyOp) -> tuple[str, ...]:
+    """The SSA values that a body op takes by name, its mask included; those inside its indices are not."""
+    if isinstance(op, (Load, Store)):
+        mask = () if op.access.mask is None else (op.access.mask,)
+        return (*mask, op.value) if isinstance(op, Store) else mask
+    if isinstance(op, Compute):
+        return tuple(a for a in op.args if isinstance(a, str))
+    return op.args if isinstance(op, Reduce) else (op.arg,) if isinstance(op, Scan) else ()
+
+
+def operands(op: BodyOp) -> tuple[str, ...]:
+    """The names that a body op reads, each once: SSA values, and in its indices also axes and symbols."""
+    return tuple(dict.fromkeys((*sorted({n for i in indices(op) for n in i.names()}), *arguments(op))))
+
+
 @dataclass(frozen=True, slots=True)
 class Numerics:
     """`rounding`: eager (round where eager rounds) or fused.  `fp_contract`: may a*b+c become one fma.  `accumulator`: type of sums."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from flagtree.errors import IRError
+from flagtree.ir import element_rules as e
 from flagtree.ir import kernel_rules as k
 from flagtree.ir import program_rules as p
 from flagtree.ir.facts import Facts
@@ -51,9 +52,9 @@ RULES: tuple[Rule, ...] = (
     Rule("dtype-closed", "operands have the types that ops.py asks for; nothing converts silently", None, k.dtype_closed),
     Rule("literal-fits", "a literal is a value of its operand's type", None, k.literal_fits),
     Rule("reduce-axis-kind", "reductions run over reduce axes, and every reduce axis is reduced", None, k.reduce_axis_kind),
-    Rule("index-in-range", "an index is proved in range, by bounds or by its mask; loaded integers are data", None, k.index_in_range),
-    Rule("single-writer-per-element", "no two points set one element, no two stores meet", None, k.single_writer),
-    Rule("in-place-same-element", "what a kernel loads and stores it does at one element, load first", None, k.in_place_same_element),
+    Rule("index-in-range", "an index is proved in range, by bounds or by its mask; loaded integers are data", None, e.index_in_range),
+    Rule("single-writer-per-element", "no two points set one element, no two stores meet", None, e.single_writer),
+    Rule("in-place-same-element", "what a kernel loads and stores it does at one element, load first", None, e.in_place_same_element),
     Rule("state-write-allowed", "weights and constants are never written, inputs only by a mutating extern", p.state_write_allowed),
     Rule("extern-dependence-complete", "an extern declares what it reads, writes and orders", p.extern_dependence_complete),
     Rule("write-before-read", "a temp is written before it is read", p.write_before_read),

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 from flagtree.ir.dtypes import DTYPES
 from flagtree.ir.index import ZERO, Index
-from flagtree.ir.program import Access, Axis, BodyOp, Compute, Kernel, Load, Numerics, Program, Reduce, Scan, Store, defined
+from flagtree.ir.program import Access, Axis, BodyOp, Compute, Kernel, Load, Numerics, Program, Reduce, Scan, Store, defined, operands
 from flagtree.passes.base import Refused
-from flagtree.passes.rewrite import EXPENSIVE, free_axes, rename, renumber, used
+from flagtree.passes.rewrite import EXPENSIVE, free_axes, rename, renumber
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,7 +304,7 @@ class _Joiner:
             if axes is not None and not self.free[name] & moved.keys():
                 return self.names[name]
             op = self.definition[name]
-            renamed = {n: copy(n) for n in used(op) if n in self.definition}
+            renamed = {n: copy(n) for n in operands(op) if n in self.definition}
             self.fresh += 1
             memo[name] = renamed[name] = f"m{self.fresh}.{name}"
             new = rename(op, renamed, where)
@@ -345,7 +345,7 @@ def moved_reduction(a: Kernel, b: Kernel, legal: Legal) -> str | None:
                 return "a reduction is read at another point"
             if legal.axes is not None and isinstance(op, Compute) and op.op in EXPENSIVE and len(mapping) > 1 and _full(mapping, moved):
                 return "would repeat an expensive computation"
-            stack.extend(used(op))
+            stack.extend(operands(op))
     return None
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from flagtree.ir.index import Bounds, Index
-from flagtree.ir.program import Access, Axis, BodyOp, Compute, IndexValue, Kernel, Load, Program, Reduce, Scan, Store, defined
+from flagtree.ir.program import Access, Axis, BodyOp, Compute, IndexValue, Kernel, Load, Program, Reduce, Scan, Store, defined, operands
 
 EXPENSIVE = frozenset(
     {
@@ -24,22 +24,6 @@ def dtypes_of(op: BodyOp) -> tuple[str, ...]:
     if isinstance(op, Store):
         return ()
     return op.dtypes if isinstance(op, Reduce) else (op.dtype,)
-
-
-def used(op: BodyOp) -> tuple[str, ...]:
-    """The values an op reads, SSA integers in indices included (axes and symbols appear too; callers know the values)."""
-    if isinstance(op, (Load, Store)):
-        names = [n for i in op.access.index for n in sorted(i.names())]
-        if op.access.mask:
-            names.append(op.access.mask)
-        return (*names, op.value) if isinstance(op, Store) else tuple(names)
-    if isinstance(op, Compute):
-        return tuple(a for a in op.args if isinstance(a, str))
-    if isinstance(op, Reduce):
-        return op.args
-    if isinstance(op, Scan):
-        return (op.arg,)
-    return tuple(sorted(op.expr.names()))
 
 
 def rename(op: BodyOp, names: Mapping[str, str], axes: Mapping[str, Index] | None = None) -> BodyOp:
@@ -74,7 +58,7 @@ def free_axes(body: Iterable[BodyOp], axes: Iterable[str]) -> dict[str, frozense
     out: dict[str, frozenset[str]] = {}
     for op in body:
         mine: frozenset[str] = frozenset()
-        for name in used(op):
+        for name in operands(op):
             mine |= out.get(name, frozenset((name,)) if name in known else frozenset())
         if isinstance(op, Reduce):
             mine -= frozenset(op.axes)
@@ -91,7 +75,7 @@ def prune(body: Iterable[BodyOp]) -> tuple[BodyOp, ...]:
     kept: list[BodyOp] = []
     for op in reversed(tuple(body)):
         if isinstance(op, Store) or any(n in needed for n in defined(op)):
-            needed.update(used(op))
+            needed.update(operands(op))
             kept.append(op)
     return tuple(reversed(kept))
 
@@ -100,7 +84,7 @@ def renumber(kernel: Kernel) -> Kernel:
     """Axes i0.. and r0.., values v0.. in order; axes that nothing uses are dropped, and an axis over which nothing runs any more is
     parallel."""
     over = {x for op in kernel.body for x in _axes_of(op)}
-    occurring = {n for op in kernel.body for n in used(op)} | over
+    occurring = {n for op in kernel.body for n in operands(op)} | over
     axes, renamed, counts = [], {}, {"parallel": 0, "reduce": 0}
     for axis in kernel.axes:
         if axis.name not in occurring:

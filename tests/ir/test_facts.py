@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flagtree.ir.element_rules import determined_axes, disjoint
 from flagtree.ir.facts import Facts
 from flagtree.ir.index import Index
-from flagtree.ir.kernel_rules import determined_axes, disjoint
 from flagtree.ir.program import Access, Axis, BodyOp, Compute, IndexValue, Kernel, Program, Symbol
 from tests.ir.test_index import AXES, EVERYWHERE, SYMBOLS, indices, positive
 
