@@ -53,7 +53,7 @@ def sample_symbols(program: Program, rows: int = 3) -> list[dict[str, int]]:
     kernel = program.steps[0]
     assert isinstance(kernel, Kernel)
     walked = {n for axis in kernel.axes for n in axis.extent.names()}
-    low = {s.name: _fitting(s, max(1, s.lo)) for s in program.symbols}
+    low = lower_ends(program)
     first = next((s for s in program.symbols if s.name in walked), None)
     odd = {s.name: _fitting(s, max(2, s.lo)) for s in program.symbols}
     if first is not None:
@@ -61,9 +61,34 @@ def sample_symbols(program: Program, rows: int = 3) -> list[dict[str, int]]:
     largest = max((odd[n] for n in walked if n in odd), default=1)
     for s in program.symbols:
         if s.name not in walked:
-            low[s.name] = _fitting(s, max(low[s.name], *(low[n] for n in walked if n in low), 1))
             odd[s.name] = _fitting(s, max(low[s.name], (largest + 3) | 1))
     return [low, odd]
+
+
+def lower_ends(program: Program) -> dict[str, int]:
+    """The least value of each symbol, at least 1; a size that no axis runs over is as large as the largest that one does."""
+    return _with_room(program, {s.name: _fitting(s, max(1, s.lo)) for s in program.symbols})
+
+
+def upper_ends(program: Program) -> list[tuple[str, dict[str, int]]]:
+    """Settings at the upper end of the symbols' ranges, with what is large in each: all symbols together ("all"), then each of several
+    alone with the others at their low ends."""
+    highest = {s.name: s.hi // s.multiple * s.multiple for s in program.symbols}
+    out = [("all", highest)]
+    for name in highest if len(highest) > 1 else ():
+        alone = _with_room(program, {**{s.name: _fitting(s, max(1, s.lo)) for s in program.symbols}, name: highest[name]})
+        if alone not in [setting for _, setting in out]:
+            out.append((name, alone))
+    return out
+
+
+def _with_room(program: Program, setting: dict[str, int]) -> dict[str, int]:
+    """A size that no axis runs over (a cache's rows) is made at least as large as those that axes run over."""
+    kernel = program.steps[0]
+    assert isinstance(kernel, Kernel)
+    walked = {n for axis in kernel.axes for n in axis.extent.names()}
+    largest = max((setting[n] for n in walked if n in setting), default=1)
+    return setting | {s.name: _fitting(s, max(setting[s.name], largest)) for s in program.symbols if s.name not in walked}
 
 
 def _fitting(symbol: Symbol, value: int) -> int:
@@ -79,34 +104,53 @@ def make_operands(program: Program, symbols: Mapping[str, int], seed: int, scale
     kernel = program.steps[0]
     assert isinstance(kernel, Kernel)
     generator = torch.Generator().manual_seed(seed)
-    ranges = integer_ranges(program, kernel, symbols)
-    positive, divisors = _operands_of(kernel, _POSITIVE, 0), _operands_of(kernel, _DIVISIONS, 1)
+    limits = value_limits(program, kernel, symbols)
     out = {}
     for buffer in program.buffers:
         shape, strides = (tuple(e.evaluate(symbols) for e in part) for part in (buffer.shape, buffer.layout))
         span = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if all(shape) else 0
-        limits = ranges.get(buffer.name, _ORDINARY_INTEGERS)
-        if buffer.name in divisors and buffer.name not in ranges:
-            limits = (1, _ORDINARY_INTEGERS[1])
-        memory = _values(buffer, span + 2 * GUARD, generator, scale, limits, buffer.name in positive)
+        memory = _values(buffer, span + 2 * GUARD, generator, scale, limits[buffer.name])
         out[buffer.name] = Operand(memory, shape, strides)
         if buffer.role == "temp":
-            out[buffer.name].tensor.fill_(_unwritten(memory.dtype))
+            out[buffer.name].tensor.fill_(unwritten(memory.dtype))
     return out
 
 
-def _values(buffer: Buffer, count: int, generator: torch.Generator, scale: float, limits: tuple[int, int], positive: bool) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a buffer's elements may be: integers from `low` to `high` inclusive (0 or more for unsigned ones), floats `positive`."""
+
+    low: int
+    high: int
+    positive: bool
+
+
+def value_limits(program: Program, kernel: Kernel, symbols: Mapping[str, int]) -> dict[str, Limits]:
+    """Limits of each buffer's elements, within which every access of the kernel is in bounds and every function real."""
+    ranges = integer_ranges(program, kernel, symbols)
+    positive, divisors = _operands_of(kernel, _POSITIVE, 0), _operands_of(kernel, _DIVISIONS, 1)
+    out = {}
+    for buffer in program.buffers:
+        low, high = ranges.get(buffer.name, _ORDINARY_INTEGERS)
+        if buffer.name in divisors and buffer.name not in ranges:
+            low = 1
+        low = max(0, low) if DTYPES[buffer.dtype].kind == "uint" else low
+        out[buffer.name] = Limits(low, max(low, high), buffer.name in positive)
+    return out
+
+
+def _values(buffer: Buffer, count: int, generator: torch.Generator, scale: float, limits: Limits) -> Tensor:
     facts, dtype = DTYPES[buffer.dtype], torch_dtype(buffer.dtype)
     if facts.is_float:
         normal = torch.randn(count, generator=generator, dtype=torch.float64 if facts.bits == 64 else torch.float32) * scale
-        return (normal.abs() + scale / 16 if positive else normal).to(dtype)
+        return (normal.abs() + scale / 16 if limits.positive else normal).to(dtype)
     if facts.kind == "bool":
         return torch.randint(0, 2, (count,), generator=generator).to(torch.bool)
-    low, high = (max(0, limits[0]), limits[1]) if facts.kind == "uint" else limits
-    return torch.randint(low, max(low, high) + 1, (count,), generator=generator).to(dtype)
+    return torch.randint(limits.low, limits.high + 1, (count,), generator=generator).to(dtype)
 
 
-def _unwritten(dtype: torch.dtype) -> float | int | bool:
+def unwritten(dtype: torch.dtype) -> float | int | bool:
+    """What memory that a kernel only writes holds before it: NaN, or the smallest integer."""
     if dtype.is_floating_point:
         return float("nan")
     return False if dtype == torch.bool else torch.iinfo(dtype).min

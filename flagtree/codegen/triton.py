@@ -119,7 +119,7 @@ def _alignable(program: Program) -> tuple[str, ...]:
 
 
 # -- grid ------------------------------------------------------------------------------------------------------------
-def _dimensions(tile: Tile) -> list[list[TiledAxis]]:
+def grid_axes(tile: Tile) -> list[list[TiledAxis]]:
     """Which grid dimension each axis is cut along: all on x, the outermost on y and z where x would pass its limit."""
     axes = [a for a in tile.axes.values() if a.in_grid]
     dimensions: list[list[TiledAxis]] = [axes, [], []]
@@ -147,7 +147,7 @@ def _programs(axes: list[TiledAxis], tile: Tile) -> int:
 def _prologue(tile: Tile, writer: BodyWriter) -> tuple[Index, Index, Index]:
     """Write where each axis stands in this instance; the grid's three sizes."""
     sizes = [ONE, ONE, ONE]
-    for k, axes in enumerate(_dimensions(tile)):
+    for k, axes in enumerate(grid_axes(tile)):
         if not axes:
             continue
         p = "xyz"[k]

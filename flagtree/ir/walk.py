@@ -31,17 +31,13 @@ def run_kernel(
     """Execute one kernel on `tensors` (buffer name to tensor of the declared shape and strides; stores write in place).
     `precise` computes every float in float64 and rounds nowhere; integers are untouched.  `values` (name to dtype and tensor
     over the kernel's axes) are defined before the body, as a template's accumulator is."""
-    walk = _Walk(kernel, tensors, symbols, precise)
+    walk = Walk(kernel, tensors, symbols, precise)
     for name, (dtype, value) in (values or {}).items():
         walk.define(name, dtype, value)
-    for op in kernel.body:
-        try:
-            walk.execute(op)
-        except IRError as error:
-            raise IRError(error.what, where=f"program {program.name}, kernel {kernel.name}: {print_op(op)}", why=error.why) from error
+    walk.run(program.name)
 
 
-class _Walk:
+class Walk:
     """The values of one kernel while its body runs."""
 
     def __init__(self, kernel: Kernel, tensors: Mapping[str, Tensor], symbols: Mapping[str, int], precise: bool) -> None:
@@ -52,6 +48,14 @@ class _Walk:
         self.dtypes: dict[str, str] = {}
         self.constants = {n: Index.of(v) for n, v in symbols.items()}
         self.written = {tensors[b].untyped_storage().data_ptr() for b in kernel.writes}
+
+    def run(self, program: str) -> None:
+        """Execute the body; an IRError gets the place in `program`."""
+        for op in self.kernel.body:
+            try:
+                self.execute(op)
+            except IRError as error:
+                raise IRError(error.what, where=f"program {program}, kernel {self.kernel.name}: {print_op(op)}", why=error.why) from error
 
     def define(self, name: str, dtype: str, value: Tensor) -> None:
         self.dtypes[name], self.values[name] = dtype, value.to(self.held(dtype))
@@ -186,8 +190,12 @@ class _Walk:
         other = torch.tensor(0 if op.other is None else op.other, dtype=tensor.dtype)
         if tensor.numel() == 0:
             return other.expand(offsets.shape)
-        value = _flat(tensor)[offsets]
+        value = self.gather(op.access.buffer, offsets, mask)
         return value if mask is None else torch.where(mask, value, other)
+
+    def gather(self, buffer: str, offsets: Tensor, mask: Tensor | None) -> Tensor:
+        """The elements at `offsets` of a buffer; where the mask is false any element will do."""
+        return flat(self.tensors[buffer])[offsets]
 
     def store(self, op: Store) -> None:
         tensor = self.tensors[op.access.buffer]
@@ -198,23 +206,27 @@ class _Walk:
             if view is not None and torch.broadcast_shapes(view.shape, value.shape) == view.shape:
                 view.copy_(value)
                 return
-        offsets = self.offsets(op.access, tensor, mask)
-        everywhere = torch.ones([1] * len(self.extents), dtype=torch.bool) if mask is None else mask
-        offsets, value, everywhere = torch.broadcast_tensors(offsets, value, everywhere)
-        offsets, value = offsets[everywhere], value[everywhere]
+        offsets, value = self.placed(op, mask, value)
         if not offsets.numel():
             return
         if op.mode == "max":
-            _flat(tensor).scatter_reduce_(0, offsets, value, "amax")
+            flat(tensor).scatter_reduce_(0, offsets, value, "amax")
         else:
-            _flat(tensor).index_put_((offsets,), value, accumulate=op.mode == "add")
+            flat(tensor).index_put_((offsets,), value, accumulate=op.mode == "add")
+
+    def placed(self, op: Store, mask: Tensor | None, value: Tensor) -> tuple[Tensor, Tensor]:
+        """(element offsets, values) of a store where its mask holds, one-dimensional."""
+        offsets = self.offsets(op.access, self.tensors[op.access.buffer], mask)
+        everywhere = torch.ones([1] * len(self.extents), dtype=torch.bool) if mask is None else mask
+        offsets, value, everywhere = torch.broadcast_tensors(offsets, value, everywhere)
+        return offsets[everywhere], value[everywhere]
 
 
 def _natural(literal: Arg) -> str:
     return "b1" if isinstance(literal, bool) else "i64" if isinstance(literal, int) else "f64"
 
 
-def _flat(tensor: Tensor) -> Tensor:
+def flat(tensor: Tensor) -> Tensor:
     """The memory from a tensor's first to its last element as one dimension."""
     span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     return torch.as_strided(tensor, (span if tensor.numel() else 0,), (1,), tensor.storage_offset())

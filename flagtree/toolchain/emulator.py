@@ -17,20 +17,23 @@ from typing import TYPE_CHECKING, Any, Union
 
 from flagtree.errors import ToolchainError
 from flagtree.toolchain.emulator_ir import to_host
-from flagtree.toolchain.emulator_memory import GUARD, PROMISED, Memory
+from flagtree.toolchain.emulator_memory import PROMISED, Memory
 from flagtree.toolchain.emulator_session import Session, current, missing
 
 if TYPE_CHECKING:
     import torch
 
     from flagtree.toolchain.base import BuiltKernel
+    from flagtree.toolchain.emulator_sparse import SparseMemory
 
 Argument = Union["torch.Tensor", int, float]
 Block = tuple[int, int, int]
 LANES = 64
 MAX_WARPS = 8
 SHARED_BYTES = 64 * 1024
-__all__ = ["ORDERS", "Emulated", "Run", "evaluate_index", "execute_built", "load", "missing", "sample_blocks"]
+__all__ = [
+    "ORDERS", "Emulated", "Run", "evaluate_index", "execute_built", "execute_in", "grid_of", "load", "missing", "sample_blocks",
+]  # fmt: skip
 ORDERS = ("forward", "reverse", "random:1")
 _KINDS = {"forward": 0, "reverse": 1, "random": 2}
 _INTEGERS = {"i1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "u1": 1, "u8": 1, "u16": 2, "u32": 4, "u64": 8}
@@ -82,6 +85,19 @@ class Emulated:
         exact: bool, seconds: float,
     ) -> tuple[Memory, list[bytes], Run]:  # fmt: skip
         """`run` that leaves the tensors as they are: where they are in the emulator's memory, its bytes afterwards, and the counts."""
+        tensors = [a for a in arguments if not isinstance(a, (int, float))]
+        memory = Memory(current().new_file(), tensors, "start" if order == "reverse" else "end", exact)
+        try:
+            run = self.run_in(memory, _grid(grid) if blocks is None else blocks, warps, arguments, order, shared, seconds)
+            return memory, memory.read(), run
+        finally:
+            memory.path.unlink(missing_ok=True)
+
+    def run_in(
+        self, memory: Memory | SparseMemory, blocks: Sequence[Block], warps: int, arguments: Sequence[Argument], order: str, shared: int,
+        seconds: float,
+    ) -> Run:  # fmt: skip
+        """Run `blocks` in memory that holds the tensors among `arguments`; what the kernel wrote is in it afterwards."""
         kind, seed = _order(order)
         if not 0 < warps <= MAX_WARPS or not 0 <= shared <= SHARED_BYTES:
             raise ToolchainError(
@@ -91,20 +107,13 @@ class Emulated:
             )
         session = current()
         self._load(session, seconds)
-        tensors = [a for a in arguments if not isinstance(a, (int, float))]
-        memory = Memory(session.new_file(), tensors, "start" if order == "reverse" else "end", exact)
-        order_of_blocks = _ordered(_grid(grid) if blocks is None else list(blocks), kind, seed)
-        try:
-            answer = session.request({
-                "do": "run", "key": self.key, "memory": str(memory.path), "guard": GUARD, "threads": warps * LANES, "shared": shared,
-                "regions": [(r.offset, r.size) for r in memory.regions], "slots": self._slots(arguments, memory), "order": kind,
-                "seed": seed, "blocks": list(itertools.chain.from_iterable(order_of_blocks)),
-            }, seconds)  # fmt: skip
-            self._judge(answer, memory, shared)
-            contents = memory.read()
-        finally:
-            memory.path.unlink(missing_ok=True)
-        return memory, contents, Run(*(answer[name] for name in ("blocks", "barriers", "exchanges", "switches")))
+        answer = session.request({
+            "do": "run", "key": self.key, "memory": str(memory.path), "guard": memory.guard, "threads": warps * LANES, "shared": shared,
+            "regions": [(r.offset, r.size) for r in memory.regions], "slots": self._slots(arguments, memory), "order": kind,
+            "seed": seed, "blocks": list(itertools.chain.from_iterable(_ordered(list(blocks), kind, seed))),
+        }, seconds)  # fmt: skip
+        self._judge(answer, memory, shared)
+        return Run(*(answer[name] for name in ("blocks", "barriers", "exchanges", "switches")))
 
     def _load(self, session: Session, seconds: float) -> None:
         if self.key not in session.loaded:
@@ -113,7 +122,7 @@ class Emulated:
             session.request({"do": "load", "key": self.key, "path": str(path)}, seconds)
             session.loaded.add(self.key)
 
-    def _slots(self, arguments: Sequence[Argument], memory: Memory) -> list[object]:
+    def _slots(self, arguments: Sequence[Argument], memory: Memory | SparseMemory) -> list[object]:
         """Each argument as 8 bytes, or as (region, byte) of a tensor; the two null pointers of Triton's ABI last."""
         if len(arguments) != len(self.signature):
             raise ToolchainError(f"{self.function} takes {len(self.signature)} arguments, not {len(arguments)}")
@@ -128,7 +137,7 @@ class Emulated:
             slots.append(_number(argument, kind) if isinstance(argument, (int, float)) else memory.slot(next(tensors)))
         return [*slots, 0, 0]
 
-    def _judge(self, answer: Mapping[str, Any], memory: Memory, shared: int) -> None:
+    def _judge(self, answer: Mapping[str, Any], memory: Memory | SparseMemory, shared: int) -> None:
         """Raise what the report says."""
         code, place = answer["code"], f"{self.function}, block ({answer['x']}, {answer['y']}, {answer['z']})"
         if code == 1:
@@ -252,13 +261,8 @@ def execute_built(
     """
     launch: Mapping[str, Any] = built.launch
     arguments: list[Argument] = [*buffers, *symbols]
-    text = built.files.get(f"{variant}.llir")
-    if text is None:
-        raise ToolchainError(
-            f"the kernel {built.digest[:16]} has no {variant}.llir", why=f"tier {built.tier}", hint="build it with toolchain.maca"
-        )
-    kernel = load(text.decode(), launch["function"], [kind for _, kind in launch["signature"]])
-    grid = [evaluate_index(e, {f"n{i}": value for i, value in enumerate(symbols)}) for e in launch["grid"]]
+    kernel = _variant(built, variant)
+    grid = grid_of(built, symbols)
     if not all(grid):
         return []
     _check_promises(launch, variant, arguments)
@@ -279,6 +283,34 @@ def execute_built(
     if runs:
         memory.store(first)
     return runs
+
+
+def execute_in(
+    built: BuiltKernel, variant: str, memory: SparseMemory, symbols: Sequence[int], blocks: Sequence[Block], order: str = "forward",
+    seconds: float = 120,
+) -> Run:  # fmt: skip
+    """Run `blocks` of a kernel that `toolchain.maca` built on sparse memory, whose tensors are b0, b1, …  Raises as `Emulated.run`."""
+    launch: Mapping[str, Any] = built.launch
+    arguments: list[Argument] = [*memory.tensors, *symbols]
+    _check_promises(launch, variant, arguments)
+    shared = launch["variants"][variant]["shared"]
+    return _variant(built, variant).run_in(memory, blocks, launch["warps"], arguments, order, shared, seconds)
+
+
+def grid_of(built: BuiltKernel, symbols: Sequence[int]) -> list[int]:
+    """The three sizes of a built kernel's grid at the values of n0, n1, …"""
+    grid: Sequence[object] = built.launch["grid"]  # type: ignore[assignment]
+    return [evaluate_index(e, {f"n{i}": value for i, value in enumerate(symbols)}) for e in grid]
+
+
+def _variant(built: BuiltKernel, variant: str) -> Emulated:
+    text = built.files.get(f"{variant}.llir")
+    if text is None:
+        raise ToolchainError(
+            f"the kernel {built.digest[:16]} has no {variant}.llir", why=f"tier {built.tier}", hint="build it with toolchain.maca"
+        )
+    launch: Mapping[str, Any] = built.launch
+    return load(text.decode(), launch["function"], [kind for _, kind in launch["signature"]])
 
 
 def _check_promises(launch: Mapping[str, Any], variant: str, arguments: Sequence[Argument]) -> None:

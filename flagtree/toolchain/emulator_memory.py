@@ -42,7 +42,7 @@ class Memory:
     """
 
     def __init__(self, path: Path, tensors: Sequence[torch.Tensor], placement: str, exact: bool) -> None:
-        self.path, self.tensors = path, list(tensors)
+        self.path, self.tensors, self.guard = path, list(tensors), GUARD
         for i, tensor in enumerate(self.tensors):
             if tensor.device.type != "cpu":
                 raise ToolchainError(f"argument {i} of an emulated kernel is on {tensor.device}", hint="pass CPU tensors")
@@ -120,15 +120,20 @@ class Memory:
 
     def describe(self, address: int, starts: Sequence[int]) -> str:
         """Where an address lies, in terms of the arguments."""
-        for region, first in zip(self.regions, starts, strict=True):
-            low = first + region.start
-            high = low + region.length
-            name = f"argument {' or '.join(map(str, region.members))} ({region.length} bytes)"
-            if low - GUARD <= address < low:
-                return f"{low - address} bytes before {name}"
-            if high <= address < high + GUARD:
-                return f"{address - high} bytes past the end of {name}"
-        return f"address 0x{address:x}, near no argument"
+        return describe_address(address, self.regions, starts, self.guard)
+
+
+def describe_address(address: int, regions: Sequence[Region], starts: Sequence[int], guard: int) -> str:
+    """Where an address lies: near which of `regions`, whose pages start at `starts` with `guard` inaccessible bytes around them."""
+    for region, first in zip(regions, starts, strict=True):
+        low = first + region.start
+        high = low + region.length
+        name = f"argument {' or '.join(map(str, region.members))} ({region.length} bytes)"
+        if low - guard <= address < low:
+            return f"{low - address} bytes before {name}"
+        if high <= address < high + guard:
+            return f"{address - high} bytes past the end of {name}"
+    return f"address 0x{address:x}, near no argument"
 
 
 def _start(length: int, size: int, remainder: int, placement: str, exact: bool) -> int:

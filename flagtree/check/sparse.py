@@ -1,0 +1,88 @@
+"""Chosen points of a kernel's domain at true sizes: inputs only where they read, and what they must store and nothing else.
+
+Invariant: a point's inputs are a function of position and seed, so any choice of points sees the same tensors.  Shared by the runs at
+the upper end of symbols' ranges: check/upper.py in the emulator, check/upper_native.py on this CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from flagtree.check.inputs import unwritten
+from flagtree.check.positions import Positions
+from flagtree.errors import FlagtreeError
+from flagtree.ir.program import Buffer, Kernel, Program
+from flagtree.ir.sample import stores_at
+
+Tensor = torch.Tensor
+
+
+class Strays(FlagtreeError):
+    """A kernel stored something else than it had to, or two ways to run them gave different bits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What was stored at chosen points, by buffer: `ours` executed, `own` by the interpreter in the kernel's dtypes, `truth` in float64;
+    each one-dimensional, element for element.  `places`: the blocks that ran, or the points that were looked at.  `ways`: the variants
+    or CPU levels that ran, all with these bits."""
+
+    places: tuple[object, ...]
+    ways: tuple[str, ...]
+    ours: Mapping[str, Tensor]
+    own: Mapping[str, Tensor]
+    truth: Mapping[str, Tensor]
+
+
+class Expected:
+    """Sparse buffers (`flat`: name to its elements in one dimension) filled where `points` of the domain read and NaN where they store,
+    and what they must store: `own` by the interpreter in the kernel's dtypes, `truth` in float64."""
+
+    def __init__(self, program: Program, symbols: Mapping[str, int], flat: Mapping[str, Tensor], points: Mapping[str, Tensor],
+                 seed: int) -> None:  # fmt: skip
+        kernel = program.steps[0]
+        assert isinstance(kernel, Kernel)
+        self.flat, positions = flat, Positions(program, symbols, seed)
+        tensors = {b.name: torch.as_strided(flat[b.name], *_geometry(b, symbols)) for b in program.buffers}
+
+        def fill(buffer: str, offsets: Tensor) -> None:
+            self.flat[buffer][offsets] = positions.at(buffer, offsets)
+
+        self.own = stores_at(program, kernel, tensors, symbols, points, reading=fill)
+        self.truth = stores_at(program, kernel, tensors, symbols, points, precise=True)
+        for name, stored in self.own.items():
+            if program.buffer(name).role == "temp":
+                self.flat[name][stored.offsets] = unwritten(self.flat[name].dtype)
+        self.before = self.stored()
+
+    def stored(self) -> dict[str, Tensor]:
+        """What is now where the points store, by buffer."""
+        return {name: self.flat[name][stored.offsets].clone() for name, stored in self.own.items()}
+
+    def put_back(self) -> None:
+        """Make what the points store what it was."""
+        for name, stored in self.own.items():
+            self.flat[name][stored.offsets] = self.before[name]
+
+    def sampled(self, ours: Mapping[str, Tensor], places: tuple[object, ...], ways: tuple[str, ...]) -> Sampled:
+        own, truth = ({name: s.values for name, s in found.items()} for found in (self.own, self.truth))
+        return Sampled(places, ways, ours, own, truth)
+
+
+def _geometry(buffer: Buffer, symbols: Mapping[str, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    shape, strides = (tuple(e.evaluate(symbols) for e in part) for part in (buffer.shape, buffer.layout))
+    return shape, strides
+
+
+def elements(buffer: Buffer, symbols: Mapping[str, int]) -> int:
+    """Elements from the first to the last of a buffer, the holes of its strides included."""
+    shape, strides = _geometry(buffer, symbols)
+    return 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if all(shape) else 0
+
+
+def same_bits(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> str:
+    """The first buffer in which two runs differ, "" when there is none."""
+    return next((n for n, v in first.items() if not torch.equal(v.view(torch.uint8), second[n].view(torch.uint8))), "")

@@ -1,0 +1,96 @@
+"""A GPU kernel at the upper end of its symbols' ranges: first, last and random blocks of the true grid, at true sizes and addresses.
+
+Only what those blocks read is filled and only what they must store is computed; everything else of the tensors is untouched memory, and
+a write into it is found.  Called by the certificate (check/certify.py) for kernels that the emulator executes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
+
+from flagtree.check.sparse import Expected, Sampled, Strays, elements, same_bits
+from flagtree.codegen.triton_points import Instances
+from flagtree.ir.evaluate import torch_dtype
+from flagtree.ir.program import Program
+from flagtree.toolchain import emulator
+from flagtree.toolchain.base import BuiltKernel
+from flagtree.toolchain.emulator_sparse import Pages, SparseMemory
+
+Tensor = torch.Tensor
+BLOCKS = 5
+ALIGNMENT = 16
+
+
+def run_blocks(
+    program: Program, built: BuiltKernel, symbols: Mapping[str, int], seed: int, count: int = BLOCKS,
+    orders: Sequence[str] = emulator.ORDERS, seconds: float = 120,
+) -> Sampled:  # fmt: skip
+    """Execute `count` blocks of the isolated kernel `program`, built by `toolchain.maca`, in each variant and each of `orders`.
+
+    Raises Strays when a block writes what is not its to write or bits differ; ToolchainError as `emulator.execute_in` does; IRError for
+    a kernel whose stores accumulate.
+    """
+    values = list(symbols.values())
+    instances = Instances(program, symbols)
+    grid = tuple(emulator.grid_of(built, values))
+    if grid != instances.grid:
+        raise Strays("the launch record has another grid than the schedule", why=f"{grid} instead of {instances.grid}")
+    blocks = emulator.sample_blocks(grid, count, seed)
+    points = [point for block in blocks for point in instances.points(block)]
+    columns = {name: torch.tensor([p[name] for p in points]) for name in points[0]}
+    variants = [v for v in ("aligned", "generic") if f"{v}.llir" in built.files and _fits(built, v, symbols)]
+    first: Sampled | None = None
+    for variant in variants:
+        spans = [(elements(b, symbols), torch_dtype(b.dtype)) for b in program.buffers]
+        with SparseMemory(spans, shift=0 if variant == "aligned" else 1) as memory:
+            flat = {b.name: memory.tensors[i] for i, b in enumerate(program.buffers)}
+            expected = Expected(program, symbols, flat, columns, seed)
+            run = partial(emulator.execute_in, built, variant, memory, values, blocks, seconds=seconds)
+            ours = _in_all_orders(memory, expected, run, orders, variant)
+            found = expected.sampled(ours, tuple(blocks), tuple(variants))
+        if first is not None and (name := same_bits(first.ours, found.ours)):
+            raise Strays(f"{' and '.join(variants)} give different bits", why=f"in buffer {name}")
+        first = first or found
+    assert first is not None
+    return first
+
+
+def _in_all_orders(
+    memory: SparseMemory, expected: Expected, run: Callable[[str], object], orders: Sequence[str], variant: str
+) -> dict[str, Tensor]:
+    """What `run` of one variant stores, the same in each order; the memory is as it was afterwards."""
+    start = memory.pages()
+    first: dict[str, Tensor] = {}
+    for order in orders:
+        run(order)
+        ours = expected.stored()
+        expected.put_back()
+        _nothing_else(memory, start)
+        if first and (name := same_bits(first, ours)):
+            raise Strays(f"{variant} gives other bits in another order of threads", why=f"{orders[0]} and {order}, buffer {name}")
+        first = first or ours
+    return first
+
+
+def _nothing_else(memory: SparseMemory, start: Pages) -> None:
+    """With the elements that the blocks store put back, the whole memory must be what it was."""
+    now = memory.pages()
+    changed = sorted(place for place in now.keys() | start.keys() if now.get(place) != start.get(place))
+    if changed:
+        owner = memory.owner(changed[0])
+        region = memory.regions[owner]
+        memory.restore(start)
+        raise Strays(
+            "a block wrote what is not its to write", where=f"buffer b{owner}, near byte {changed[0] - region.offset} of {region.length}",
+            why=f"{len(changed)} pages changed that no executed block stores into",
+        )  # fmt: skip
+
+
+def _fits(built: BuiltKernel, variant: str, symbols: Mapping[str, int]) -> bool:
+    """Would the launcher choose the variant at these sizes, all pointers being aligned?"""
+    variants: Mapping[str, Mapping[str, Sequence[str]]] = built.launch["variants"]  # type: ignore[assignment]
+    return all(symbols.get(name, 0) % ALIGNMENT == 0 for name in variants[variant]["requires"])
+
