@@ -102,9 +102,8 @@ def axis_bound(s: KernelScope) -> Found:
 
 
 def buffer_declared(s: KernelScope) -> Found:
-    known = {b.name for b in s.program.buffers} if s.kernel.body else set()
     for op, access in accesses(s.kernel):
-        if access.buffer not in known:
+        if not s.program.declares(access.buffer):
             yield op, f"buffer '{access.buffer}' is not declared"
 
 

@@ -339,6 +339,12 @@ class Program:
             self._by_name.update((b.name, b) for b in self.buffers)
         return self._by_name[name]
 
+    def declares(self, name: str) -> bool:
+        """Is there a buffer of this name?"""
+        if not self._by_name:
+            self._by_name.update((b.name, b) for b in self.buffers)
+        return name in self._by_name
+
     def root(self, name: str) -> str:
         """The buffer whose memory `name` is, following aliases."""
         while (alias := self.buffer(name).alias_of) is not None:

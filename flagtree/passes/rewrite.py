@@ -28,28 +28,31 @@ def dtypes_of(op: BodyOp) -> tuple[str, ...]:
 
 def rename(op: BodyOp, names: Mapping[str, str], axes: Mapping[str, Index] | None = None) -> BodyOp:
     """`names` maps values (also inside indices), `axes` maps axis names to index expressions."""
-    substitution = {**{k: Index.of(v) for k, v in names.items()}, **(axes or {})}
+    moved = axes or {}
+
+    def index(i: Index) -> Index:
+        return i.substitute({n: moved[n] if n in moved else Index.of(names[n]) for n in i.names() if n in moved or n in names})
 
     def access(a: Access) -> Access:
-        return Access(a.buffer, tuple(i.substitute(substitution) for i in a.index), names.get(a.mask, a.mask) if a.mask else None)
+        return Access(a.buffer, tuple(map(index, a.index)), names.get(a.mask, a.mask) if a.mask else None)
 
     if isinstance(op, Load):
-        return replace(op, name=names.get(op.name, op.name), access=access(op.access))
+        return Load(names.get(op.name, op.name), op.dtype, access(op.access), op.other)
     if isinstance(op, Store):
-        return replace(op, access=access(op.access), value=names.get(op.value, op.value))
+        return Store(access(op.access), names.get(op.value, op.value), op.mode)
     if isinstance(op, Compute):
-        return replace(op, name=names.get(op.name, op.name), args=tuple(names.get(a, a) if isinstance(a, str) else a for a in op.args))
+        args = tuple([names.get(a, a) if isinstance(a, str) else a for a in op.args])
+        return Compute(names.get(op.name, op.name), op.dtype, op.op, args)
     if isinstance(op, IndexValue):
-        return replace(op, name=names.get(op.name, op.name), expr=op.expr.substitute(substitution))
-    axis_names = {k: v.name for k, v in (axes or {}).items()}
+        return IndexValue(names.get(op.name, op.name), op.dtype, index(op.expr))
+
+    def axis(x: str) -> str:
+        return (moved[x].name if x in moved else None) or x
+
     if isinstance(op, Reduce):
-        return replace(
-            op,
-            names=tuple(names.get(n, n) for n in op.names),
-            args=tuple(names.get(a, a) for a in op.args),
-            axes=tuple(axis_names.get(x) or x for x in op.axes),
-        )
-    return replace(op, name=names.get(op.name, op.name), arg=names.get(op.arg, op.arg), axis=axis_names.get(op.axis) or op.axis)
+        args = tuple(names.get(a, a) for a in op.args)
+        return Reduce(tuple(names.get(n, n) for n in op.names), op.dtypes, op.combiner, args, tuple(map(axis, op.axes)))
+    return Scan(names.get(op.name, op.name), op.dtype, op.combiner, names.get(op.arg, op.arg), axis(op.axis))
 
 
 def free_axes(body: Iterable[BodyOp], axes: Iterable[str]) -> dict[str, frozenset[str]]:
