@@ -50,8 +50,8 @@ def rename(op: BodyOp, names: Mapping[str, str], axes: Mapping[str, Index] | Non
         return (moved[x].name if x in moved else None) or x
 
     if isinstance(op, Reduce):
-        args = tuple(names.get(a, a) for a in op.args)
-        return Reduce(tuple(names.get(n, n) for n in op.names), op.dtypes, op.combiner, args, tuple(map(axis, op.axes)))
+        reduced = tuple(names.get(a, a) for a in op.args)
+        return Reduce(tuple(names.get(n, n) for n in op.names), op.dtypes, op.combiner, reduced, tuple(map(axis, op.axes)))
     return Scan(names.get(op.name, op.name), op.dtype, op.combiner, names.get(op.arg, op.arg), axis(op.axis))
 
 

@@ -87,8 +87,8 @@ def test_control_c_ends_with_one_line_and_no_children(place: Place, small_config
 
 
 def kill(place: Place, moments: tuple[tuple[str, float], ...], *command: str) -> None:
-    """Start the command again and again, and kill it at each moment; no worker outlives it for long.  What one leaves the next goes on from;
-    after one that ended before its moment the store is emptied, since nothing would be left to interrupt."""
+    """Start the command again and again, and kill it at each moment; no worker outlives it for long.  What one leaves the next goes on
+    from; after one that ended before its moment the store is emptied, since nothing would be left to interrupt."""
     killed = 0
     for text, seconds in moments:
         shutil.rmtree(place.work / "out", ignore_errors=True)
