@@ -15,7 +15,7 @@ from flagtree.codegen import cpp_ops as ops
 from flagtree.codegen.cpp_index import operand_text
 from flagtree.codegen.cpp_layout import Layout, layout
 from flagtree.codegen.cpp_prelude import prelude
-from flagtree.codegen.cpp_sweeps import PARTIALS, RowWriter
+from flagtree.codegen.cpp_sweeps import RowWriter
 from flagtree.ir.dtypes import DTYPES
 from flagtree.ir.flat import FlatKernel, flatten
 from flagtree.ir.index import ONE, Index
@@ -24,6 +24,7 @@ from flagtree.ir.text import print_program
 
 THREAD_WORK = 32768  # points of the domain from which a second thread pays for being woken
 CHUNK = 4096  # elements of a parallel lane axis that are one row
+COLUMN_CHUNK = 512  # the same where its columns are reduced
 
 
 def symbol_name(digest: str) -> str:
@@ -39,12 +40,13 @@ def generate(program: Program, digest: str) -> str:
     walk = layout(flatten(program))
     multiples = {s.name: s.multiple for s in program.symbols}
     chunk = _chunk(walk)
-    body = [*_chunk_bounds(walk, chunk), *RowWriter(walk, multiples, chunk).row()]
+    writer = RowWriter(walk, multiples, chunk)
+    body = [*_chunk_bounds(walk, chunk), *writer.row()]
     head, count = _head(walk), " * ".join(_factor(walk, extent) for _, extent in _outer(walk, chunk)) or "1"
     outer = _outer(walk, chunk)
     context = {
         "digest": digest, "symbol": symbol_name(digest), "text": print_program(program).rstrip("\n").split("\n"),
-        "widest": walk.widest, "partials": PARTIALS, "clean_nans": int(_clean_nans(walk.kernel)),
+        "widest": walk.widest, "partials": writer.partials, "clean_nans": int(_clean_nans(walk.kernel)),
         "head": head, "symbols": _symbols(walk), "decode": _decode(walk, outer), "advance": _advance(walk, outer),
         "body": body, "count": count,
         "work": " * ".join(_factor(walk, a.extent) for a in walk.kernel.axes) or "1",
@@ -67,7 +69,7 @@ def _chunk(walk: Layout) -> int:
     """Elements of the lane axis in one row: 0 (all of them) when it is reduced or short."""
     if walk.lane is None or walk.lane_reduced:
         return 0
-    size = CHUNK if not walk.kernel.reduced else 8 * PARTIALS
+    size = CHUNK if not walk.kernel.reduced else COLUMN_CHUNK
     highest = walk.kernel.bounds.maximum(walk.lane.extent)
     return 0 if highest is not None and highest <= size else size
 

@@ -84,11 +84,18 @@ class BodyWriter:
             return (ops.cast if op.op == "cast" else ops.bitcast)(str(op.args[0]), named[0], op.dtype)
         dtype = named[0] if named else op.dtype if OPS[op.op].result == "same" else _natural(typed[0])
         dtype = self._common(op, typed, dtype)
+        if op.op == "div" and dtype == op.dtype == "f32" and self._divides_alike(op.args):
+            return f"divided({op.args[0]}, {op.args[1]})"
         scalar_left = op.op in ops.BINARY and len(named) == len(op.args) - 1  # vector op scalar: the compiler spreads it
         args = tuple(self._arg(a, dtype, scalar_left and dtype != "b1") for a in typed)
         if op.op == "where":
             args = (self._arg(op.args[0], "b1", False), *args)
         return ops.cast(ops.compute(op.op, dtype, args), "b1" if OPS[op.op].result == "b1" else dtype, op.dtype)
+
+    def _divides_alike(self, args: tuple[Arg, ...]) -> bool:
+        """Every lane by the same value, which the loop over lanes does not change."""
+        over, by = args
+        return isinstance(over, str) and isinstance(by, str) and self._varies((over,)) and not self._varies((by,))
 
     def _common(self, op: Compute, typed: tuple[Arg, ...], dtype: str) -> str:
         """Positions that became i32 compared with one another or with literals stay so; else operands are already equal."""

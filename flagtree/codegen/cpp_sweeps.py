@@ -1,6 +1,6 @@
 """The statements of one row: sweeps over the reduce axes, partial states, and the loops over lanes with their tails.
 
-Every reduction over lanes keeps PARTIALS partial states, element e of a piece in state e % PARTIALS, whatever the vector width,
+Every reduction over lanes keeps `partials` partial states, element e of a piece in state e % partials, whatever the vector width,
 and joins them in one fixed tree: the same bits at every level.  A tail runs the same statements on its n lanes.
 """
 
@@ -22,8 +22,8 @@ from flagtree.ir.flat import operands
 from flagtree.ir.index import Index
 from flagtree.ir.program import BodyOp, Reduce, Scan, Store, defined
 
-PARTIALS = 64
-ROW_BLOCK = 4096  # elements of a long row after which its partial states are joined; a multiple of PARTIALS
+PARTIALS = (64, 32)  # the second in a kernel of short rows that are no multiple of the first
+ROW_BLOCK = 4096  # elements of a long row after which its partial states are joined; a multiple of all PARTIALS
 BLOCK = 256  # points of a reduce axis that one partial sum of a column takes
 COLUMNS = 4  # vectors of columns reduced side by side: whole cache lines, and sums that do not wait for one another
 
@@ -44,6 +44,13 @@ class RowWriter:
     layout: Layout
     multiples: Mapping[str, int]
     chunk: int
+
+    @property
+    def partials(self) -> int:
+        """Partial states of a reduction over lanes: a fact of the kernel alone."""
+        lane = self.layout.lane
+        size = None if lane is None else lane.extent.constant
+        return PARTIALS[size is not None and size < 4 * PARTIALS[0] and size % PARTIALS[0] != 0]
 
     def row(self) -> list[str]:
         """Statements of one row; the outer axes are variables around them."""
@@ -112,7 +119,7 @@ class RowWriter:
         lo, hi, extent = self._text(piece.lo), self._text(piece.hi), piece.hi - piece.lo
         lines = [*self._step(lane, writer, self._state_name(sweep) if reducing else ""), f"i64 at = {lo};", f"const i64 end = {hi};"]
         width = "2 * W" if paired else "W"
-        tail = not is_multiple(extent, PARTIALS, self.multiples)
+        tail = not is_multiple(extent, self.partials if reducing else PARTIALS[1], self.multiples)
         if not reducing:
             if extent.constant is None or extent.constant >= 2:
                 lines.append(f"for (; at + {width} <= end; at += {width}) step(at, {width});")
@@ -188,7 +195,7 @@ class RowWriter:
         lines = [*self._step(lane, writer, ""), *self._bounds(piece)]
         width = "2 * W" if paired else "W"
         lines.append(f"for (; at + {width} <= end; at += {width}) step(at, {width});")
-        if not (is_multiple(piece.hi, PARTIALS, self.multiples) and is_multiple(piece.lo, PARTIALS, self.multiples)):
+        if not (is_multiple(piece.hi, PARTIALS[1], self.multiples) and is_multiple(piece.lo, PARTIALS[1], self.multiples)):
             lines.append("if (at < end) step(at, (int)(end - at));")
         return block("", lines)
 

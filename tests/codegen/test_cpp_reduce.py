@@ -355,6 +355,42 @@ def test_scan(combiner: str, dtype: str, source: str, axis: int) -> None:
         check(scan_kernel(combiner, dtype, axis, source), {"x": x}, {"n0": shape[0], "n1": shape[1]})
 
 
+def test_running_sums_of_long_rows() -> None:
+    """Blocks of a fixed tree: rows of many blocks and a part of one, infinities and NaN in them, a sum in f64 that goes one by one."""
+    x = torch.randn((5, 1003), generator=torch.Generator().manual_seed(3))
+    text = scan_kernel("sum", "f32", 1, "f32")
+    check_close(text, {"x": x}, {"n0": 5, "n1": 1003})
+    x[1, 700], x[2, 9], x[2, 10], x[3, 501] = math.inf, math.inf, -math.inf, math.nan
+    x[4] = 3e38
+    check_close(text, {"x": x}, {"n0": 5, "n1": 1003})
+    check_exact(scan_kernel("sum", "f64", 1, "f64"), {"x": x.double() * 1e200}, {"n0": 5, "n1": 1003})
+
+
+def test_division_by_a_rows_value_gives_the_quotients_bits() -> None:
+    """Every kind of divisor against dividends of every size: what the reciprocal may do and what it must leave to the instruction."""
+    text = """program p
+  buffer x: f32[96, 4096] input
+  buffer d: f32[96] input
+  buffer y: f32[96, 4096] temp
+  kernel k {i0 < 96, i1 < 4096} numerics(eager, contract=off, acc=f32)
+    v0: f32 = load x[i0, i1]
+    v1: f32 = load d[i0]
+    v2: f32 = div v0, v1
+    store y[i0, i1] = v2
+  outputs y
+"""
+    g = torch.Generator().manual_seed(11)
+    x = torch.randn((96, 4096), generator=g)
+    x[:, :1024] = torch.randint(0, 2**31, (96, 1024), generator=g).to(torch.int32).view(torch.float32)  # any bits
+    x[:, 1024:2048] *= torch.exp2(torch.randint(-90, 90, (96, 1), generator=g).float())
+    x[::7, ::3] = 0.0
+    d = torch.randn(96, generator=g) * torch.exp2(torch.randint(-26, 27, (96,), generator=g).float())
+    mantissas = torch.tensor([0x3FFFFFFF, 0x3F800001, 0x3F800000, 0x40000000, 0x33000000, 0x4B800000, 0x7F7FFFFF, 0x00000001])
+    special = mantissas.to(torch.int32).view(torch.float32)
+    d[:12] = torch.cat([special, torch.tensor([0.0, -0.0, math.inf, math.nan])])
+    check_exact(text, {"x": x, "d": d})
+
+
 def test_reductions_over_different_axes_are_refused() -> None:
     text = """program p
   symbol n0 in 1..8 from dim x 0

@@ -25,30 +25,6 @@ template <class F, class V, class T> INLINE V lane_by_lane(F f, V x, V y, T *) {
   __builtin_memcpy(&x, t, sizeof x);
   return x;
 }
-//@ fused
-// a * b + c rounded once: an instruction from x86-64-v3 on and on aarch64, else computed, to the same bits
-INLINE f32v fused(f32v a, f32v b, f32v c) {
-#if X86_BUILTINS && defined(__FMA__) && NATIVE_BYTES / WIDEST_BYTES == 16
-  return (f32v)__builtin_ia32_vfmaddps512_mask(a, b, c, -1, 4);
-#elif X86_BUILTINS && defined(__FMA__) && NATIVE_BYTES / WIDEST_BYTES == 8
-  return (f32v)__builtin_ia32_vfmaddps256(a, b, c);
-#elif X86_BUILTINS && defined(__FMA__) && NATIVE_BYTES / WIDEST_BYTES == 4
-  return (f32v)__builtin_ia32_vfmaddps(a, b, c);
-#elif defined(__FMA__) || defined(__aarch64__)
-  f32v r;
-  for (int l = 0; l < W; ++l) r[l] = __builtin_fmaf(a[l], b[l], c[l]);
-  return r;
-#else
-  // the product is exact in f64; the sum is rounded to odd, after which rounding to f32 is as if done once
-  // (S. Boldo, G. Melquiond, "Emulation of a FMA and correctly rounded sums", IEEE Trans. Computers 57, 2008)
-  f64v p = to_f64(a) * to_f64(b), z = to_f64(c), s = p + z, t = s - p, lost = (p - (s - t)) + (z - t);
-  i64v u = bits64(s), outward = (lost > 0) ^ (s < 0), inexact = (lost > 0) | (lost < 0);
-  return to_f32(floats64(u + (((outward & 2) - 1) & inexact & ((u & 1) - 1))));
-#endif
-}
-INLINE f32v fused(f32v a, f32v b, f32 c) { return fused(a, b, splat(c)); }
-INLINE f32v fused(f32v a, f32 b, f32v c) { return fused(a, splat(b), c); }
-INLINE f32v fused(f32v a, f32 b, f32 c) { return fused(a, splat(b), splat(c)); }
 //@ power_of_two
 // 2^n for -126 <= n <= 127
 INLINE f32v power_of_two(i32v n) { return floats((n + 127) << 23); }

@@ -62,6 +62,48 @@ INLINE f64v square_root(f64v x) {
   __builtin_memcpy(&x, t, sizeof x);
   return x;
 }
+//@ fused
+// a * b + c rounded once: an instruction from x86-64-v3 on and on aarch64, else computed, to the same bits
+INLINE f32v fused(f32v a, f32v b, f32v c) {
+#if X86_BUILTINS && defined(__FMA__) && NATIVE_BYTES / WIDEST_BYTES == 16
+  return (f32v)__builtin_ia32_vfmaddps512_mask(a, b, c, -1, 4);
+#elif X86_BUILTINS && defined(__FMA__) && NATIVE_BYTES / WIDEST_BYTES == 8
+  return (f32v)__builtin_ia32_vfmaddps256(a, b, c);
+#elif X86_BUILTINS && defined(__FMA__) && NATIVE_BYTES / WIDEST_BYTES == 4
+  return (f32v)__builtin_ia32_vfmaddps(a, b, c);
+#elif defined(__FMA__) || defined(__aarch64__)
+  f32v r;
+  for (int l = 0; l < W; ++l) r[l] = __builtin_fmaf(a[l], b[l], c[l]);
+  return r;
+#else
+  // the product is exact in f64; the sum is rounded to odd, after which rounding to f32 is as if done once
+  // (S. Boldo, G. Melquiond, "Emulation of a FMA and correctly rounded sums", IEEE Trans. Computers 57, 2008)
+  f64v p = to_f64(a) * to_f64(b), z = to_f64(c), s = p + z, t = s - p, lost = (p - (s - t)) + (z - t);
+  i64v u = bits64(s), outward = (lost > 0) ^ (s < 0), inexact = (lost > 0) | (lost < 0);
+  return to_f32(floats64(u + (((outward & 2) - 1) & inexact & ((u & 1) - 1))));
+#endif
+}
+INLINE f32v fused(f32v a, f32v b, f32 c) { return fused(a, b, splat(c)); }
+INLINE f32v fused(f32v a, f32 b, f32v c) { return fused(a, splat(b), c); }
+INLINE f32v fused(f32v a, f32 b, f32 c) { return fused(a, splat(b), splat(c)); }
+//@ divided
+// a / b where one b serves many vectors: by its reciprocal and two corrections, which give the quotient's own bits as long as
+// nothing leaves the normal range (P. Markstein, "Computation of elementary functions on the IBM RISC System/6000 processor",
+// IBM J. Res. Dev. 34, 1990: the reciprocal is rounded correctly, the second to last quotient is within one place)
+INLINE f32v divided(f32v a, f32v b) {
+#if X86_BUILTINS && NATIVE_BYTES / WIDEST_BYTES == 16
+  const f32v y = 1.f / b;
+  const f32 size = __builtin_fabsf(b[0]);
+  const u32v place = ((u32v)a & 0x7fffffff) - 0x0f800000;  // |a| from 2^-96 to 2^96, or +0
+  const u16 usual = __builtin_ia32_ucmpd512_mask((i32v)place, splat(0x60000000), 1, -1) | __builtin_ia32_ptestnmd512((i32v)a, (i32v)a, -1);
+  if (size > 0x1p-24f && size < 0x1p24f && usual == 0xffff) {
+    f32v q = a * y;
+    q = fused(fused(-q, b, a), y, q);
+    return fused(fused(-q, b, a), y, q);
+  }
+#endif
+  return a / b;
+}
 //@ divide_trunc
 // rounds to zero; by 0 (undefined) and the one overflow give a value and do not trap, also in lanes beyond the data
 template <class V> INLINE V divide_trunc(V a, V b) {

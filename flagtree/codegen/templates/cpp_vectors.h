@@ -78,7 +78,13 @@ INLINE f32v to_f32(f32v x) { return x; }
 INLINE f32v to_f32(f64v x) { return __builtin_convertvector(x, f32v); }
 INLINE f32v to_f32(i32v x) { return __builtin_convertvector(x, f32v); }
 INLINE f32v to_f32(i64v x) { return __builtin_convertvector(x, f32v); }
-INLINE f64v to_f64(f32v x) { return __builtin_convertvector(x, f64v); }
+INLINE f64v to_f64(f32v x) {
+#if X86_BUILTINS && NATIVE_BYTES / WIDEST_BYTES == 8 && NATIVE_BYTES == 64
+  return (f64v)__builtin_ia32_cvtps2pd512_mask(x, f64v{}, -1, 4);
+#else
+  return __builtin_convertvector(x, f64v);
+#endif
+}
 INLINE f64v to_f64(f64v x) { return x; }
 INLINE f64v to_f64(i32v x) { return __builtin_convertvector(x, f64v); }
 INLINE f64v to_f64(i64v x) { return __builtin_convertvector(x, f64v); }
@@ -102,6 +108,9 @@ INLINE f32v round_bf16(f32v x) {
 #if CLEAN_NANS && X86_BUILTINS && NATIVE_BYTES == 64 && WIDEST_BYTES == 4
   i32v up = (i32v)u + 0x7fff, odd = __builtin_ia32_paddd512_mask((i32v)u, splat(0x8000), up, __builtin_ia32_ptestmd512((i32v)u, splat(0x10000), -1));
   return (f32v)((u32v)odd & 0xffff0000);
+#elif CLEAN_NANS && X86_BUILTINS && NATIVE_BYTES == 64
+  i32v up = (i32v)u + 0x7fff, odd = __builtin_ia32_paddd256_mask((i32v)u, splat(0x8000), up, __builtin_ia32_ptestmd256((i32v)u, splat(0x10000), -1));
+  return (f32v)((u32v)odd & 0xffff0000);
 #elif CLEAN_NANS
   return (f32v)((u + 0x7fff + (u >> 16 & 1)) & 0xffff0000);
 #elif X86_BUILTINS && NATIVE_BYTES == 64 && WIDEST_BYTES == 4
@@ -120,7 +129,7 @@ INLINE f32v round_bf16(f32v x) {
 INLINE f32v round_f16(f32v x) {
 #if X86_BUILTINS && NATIVE_BYTES == 64 && WIDEST_BYTES == 4
   return (f32v)__builtin_ia32_vcvtph2ps512_mask(__builtin_ia32_vcvtps2ph512_mask(x, 0, i16v{}, -1), f32v{}, -1, 4);
-#elif X86_BUILTINS && NATIVE_BYTES == 32 && WIDEST_BYTES == 4
+#elif X86_BUILTINS && NATIVE_BYTES >= 32 && NATIVE_BYTES / WIDEST_BYTES == 8
   return (f32v)__builtin_ia32_vcvtph2ps256(__builtin_ia32_vcvtps2ph256(x, 0));
 #else
   u32v u = (u32v)x, sign = u & 0x80000000, a = u ^ sign;
@@ -134,11 +143,11 @@ INLINE f32v round_f16(f32v x) {
 //@ unsigned_of
 // 16 bits to 32; the compiler would split the widest vector in halves
 INLINE u32v unsigned_of(u16v x) {
-#if X86_BUILTINS && NATIVE_BYTES == 64 && WIDEST_BYTES == 4
+#if X86_BUILTINS && NATIVE_BYTES / WIDEST_BYTES == 16
   return (u32v)__builtin_ia32_pmovzxwd512_mask((i16v)x, i32v{}, -1);
-#elif X86_BUILTINS && NATIVE_BYTES == 32 && WIDEST_BYTES == 4
+#elif X86_BUILTINS && NATIVE_BYTES / WIDEST_BYTES == 8
   return (u32v)__builtin_ia32_pmovzxwd256((i16v)x);
-#elif X86_BUILTINS && NATIVE_BYTES == 16 && WIDEST_BYTES == 4
+#elif X86_BUILTINS && NATIVE_BYTES / WIDEST_BYTES == 4
   typedef i64 pair __attribute__((vector_size(16)));
   typedef i16 halves __attribute__((vector_size(16)));
   return (u32v)__builtin_ia32_pmovzxwd128((halves)(pair){(i64)x, 0});
@@ -159,7 +168,7 @@ INLINE f32v widen_bf16(u16v x) { return (f32v)(unsigned_of(x) << 16); }
 INLINE f32v widen_f16(u16v x) {
 #if X86_BUILTINS && NATIVE_BYTES == 64 && WIDEST_BYTES == 4
   return (f32v)__builtin_ia32_vcvtph2ps512_mask((i16v)x, f32v{}, -1, 4);
-#elif X86_BUILTINS && NATIVE_BYTES == 32 && WIDEST_BYTES == 4
+#elif X86_BUILTINS && NATIVE_BYTES >= 32 && NATIVE_BYTES / WIDEST_BYTES == 8
   return (f32v)__builtin_ia32_vcvtph2ps256((i16v)x);
 #else
   u32v h = unsigned_of(x), a = h & 0x7fff, sign = (h ^ a) << 16;
@@ -182,7 +191,7 @@ INLINE u16v narrow_bf16(f32v x) { return __builtin_convertvector((u32v)x >> 16, 
 INLINE u16v narrow_f16(f32v x) {
 #if X86_BUILTINS && NATIVE_BYTES == 64 && WIDEST_BYTES == 4
   return (u16v)__builtin_ia32_vcvtps2ph512_mask(x, 0, i16v{}, -1);
-#elif X86_BUILTINS && NATIVE_BYTES == 32 && WIDEST_BYTES == 4
+#elif X86_BUILTINS && NATIVE_BYTES >= 32 && NATIVE_BYTES / WIDEST_BYTES == 8
   return (u16v)__builtin_ia32_vcvtps2ph256(x, 0);
 #else
   u32v u = (u32v)x, a = u & 0x7fffffff, sign = (u ^ a) >> 16;
