@@ -14,11 +14,12 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from flagtree.artifact.files import canonical_json
 from flagtree.capture.normalise import Normalised, normalise
-from flagtree.codegen.cpp import generate
+from flagtree.codegen import cpp, triton
 from flagtree.codegen.launch import launch_list
 from flagtree.debug import Ladder
-from flagtree.errors import CodegenError
+from flagtree.errors import CodegenError, ToolchainError
 from flagtree.ir.canonical import digest, isolate_all
 from flagtree.ir.index import Index, from_sympy
 from flagtree.ir.program import Kernel, Program
@@ -29,17 +30,20 @@ from flagtree.passes.pipeline import pipeline, run_pipeline
 from flagtree.runtime.capture_key import example_value
 from flagtree.settings import settings
 from flagtree.targets import find_target
+from flagtree.targets.base import Target
+from flagtree.toolchain.base import BuiltKernel
 from flagtree.toolchain.build import build_kernels
 from flagtree.toolchain.cxx import link
 
 
 @dataclass(frozen=True)
 class CompiledGraph:
-    """`launch`: JSON; `library`: a shared object for `level`, empty when there is no kernel; `results`: JSON, one entry a result of
+    """`launch`: JSON; `kernels`: their files by name, for the CPU "kernels.so" (none without a kernel), else "kernels.json" (digest to
+    launch record) and the binaries "<16 hex>.<file>"; `results`: JSON, one entry a result of
     the graph; `conditions`: JSON relations that must hold, None when they cannot be written down (then nothing is stored)."""
 
     launch: dict
-    library: bytes
+    kernels: dict[str, bytes]
     results: list
     conditions: list | None
     constants: dict[str, torch.Tensor]
@@ -57,8 +61,10 @@ def placeholder_names(module: fx.GraphModule) -> list[str]:
     return names
 
 
-def compile_graph(module: fx.GraphModule, symbols: dict[str, str], level: str, jobs: int = 1, name: str = "graph") -> CompiledGraph:
-    """Compile Dynamo's graph for this CPU at `level`.
+def compile_graph(
+    module: fx.GraphModule, symbols: dict[str, str], target_name: str, level: str, jobs: int = 1, name: str = "graph"
+) -> CompiledGraph:
+    """Compile Dynamo's graph for a target; `level` is the CPU's, of the targets that have levels.
 
     `symbols` renames the shape environment's symbols as the capture key did.  Raises CaptureError, LoweringError, CodegenError or
     ToolchainError; the caller decides whether the graph then runs as it is.
@@ -68,17 +74,16 @@ def compile_graph(module: fx.GraphModule, symbols: dict[str, str], level: str, j
     shape_env = _shape_env(values)
     before = len(shape_env.guards) if shape_env is not None else 0
     normal = normalise(module, names, values, lowers, DECOMPOSITIONS, _fake_mode(values))
-    ladder = Ladder(name)
-    program, results, reports = _generated(normal, ladder)
+    ladder, target = Ladder(name), find_target(target_name)
+    program, results, reports = _generated(normal, ladder, target)
     ladder.finish(program)
     isolated = {kernel.name: (one, digest(one.program)) for kernel, one in isolate_all(program)}
-    target = replace(find_target("cpu"), levels=(level,))
+    target = replace(target, levels=(level,)) if target.levels else target
     built = build_kernels([(d, one.program) for one, d in isolated.values()], target, jobs)
     ladder.built(built)
-    objects = [(b.digest, b.files[f"{level}.o"]) for b in built]
     return CompiledGraph(
         launch=launch_list(program, isolated),
-        library=link(objects, level) if objects else b"",
+        kernels=_files(built, target),
         results=[_result(r, program) for r in results],
         conditions=_conditions(shape_env, before, symbols),
         constants=normal.constants,
@@ -87,15 +92,31 @@ def compile_graph(module: fx.GraphModule, symbols: dict[str, str], level: str, j
     )
 
 
-def _generated(normal: Normalised, ladder: Ladder) -> tuple[Program, list[object], list[Report]]:
+def _files(built: Sequence[BuiltKernel], target: Target) -> dict[str, bytes]:
+    """What `CompiledGraph.kernels` holds."""
+    if target.levels:
+        (level,) = target.levels
+        return {"kernels.so": link([(b.digest, b.files[f"{level}.o"]) for b in built], level)} if built else {}
+    unfinished = next((b for b in built if b.tier != "binary"), None)
+    if unfinished is not None:
+        raise ToolchainError(f"kernels for {target.name} do not run here", where=unfinished.digest[:16], why=unfinished.missing)
+    binaries = {f"{b.digest[:16]}.{v['file']}": b.files[v["file"]] for b in built for v in _variants(b)}
+    return {"kernels.json": canonical_json({b.digest: b.launch for b in built}), **binaries}
+
+
+def _variants(kernel: BuiltKernel) -> list[Any]:
+    variants: Any = kernel.launch["variants"]
+    return list(variants.values())
+
+
+def _generated(normal: Normalised, ladder: Ladder, target: Target) -> tuple[Program, list[object], list[Report]]:
     """The program after all passes.  Calls whose kernel the generator cannot express become externs with its reason."""
-    target = find_target("cpu")
     refused: dict[str, str] = {}
     while True:
         lowered = lower(normal.graph, "graph", dict.fromkeys(normal.constants, "constant"), refused)
         ladder.start(lowered.program)
         program, reports = run_pipeline(lowered.program, pipeline(target), target, fuel=Fuel(settings.fuel), after=ladder.after)
-        more = {op: reason for kernel, reason in _inexpressible(program) for op in kernel.ops}
+        more = {op: reason for kernel, reason in _inexpressible(program, target) for op in kernel.ops}
         if not more:
             return program, lowered.results, reports
         if more.keys() <= refused.keys():  # an op that is an extern already cannot be at fault
@@ -103,10 +124,13 @@ def _generated(normal: Normalised, ladder: Ladder) -> tuple[Program, list[object
         refused |= more
 
 
-def _inexpressible(program: Program) -> Iterator[tuple[Kernel, str]]:
+def _inexpressible(program: Program, target: Target) -> Iterator[tuple[Kernel, str]]:
     for kernel, one in isolate_all(program):
         try:
-            generate(one.program, digest(one.program))
+            if target.language == "triton":
+                triton.generate(one.program, digest(one.program), target)
+            else:
+                cpp.generate(one.program, digest(one.program))
         except CodegenError as error:
             yield kernel, f"code generation: {error.why or error.what}"
 

@@ -58,7 +58,7 @@ class _Writer:
             shape = ",".join(self.size(n) for n in value.shape)
             stride = ",".join(self.size(n) for n in value.stride())
             grad = "grad" if value.requires_grad else ""
-            return f"tensor({value.dtype}[{shape}]({stride})@{value.device.type}{grad})"
+            return f"tensor({value.dtype}[{shape}]({stride})@{value.device}{grad})"
         return self.argument(value)
 
     def argument(self, value: Any) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import operator
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,10 +19,11 @@ from flagtree.artifact.code import code_digest
 from flagtree.artifact.files import canonical_json, parse_json
 from flagtree.artifact.store import Miss, Store
 from flagtree.errors import CaptureError, FlagtreeError, StoreError, ToolchainError
-from flagtree.runtime import cpu
-from flagtree.runtime.capture_key import CaptureKey, Unkeyed, capture_key, example_value
+from flagtree.runtime import cpu, gpu
+from flagtree.runtime.capture_key import CaptureKey, Unkeyed, capture_key
 from flagtree.runtime.launch import Executable
-from flagtree.runtime.parts import split
+from flagtree.runtime.parts import home_of, split
+from flagtree.runtime.prepare import Library
 from flagtree.settings import settings
 
 log = logging.getLogger("flagtree")
@@ -58,35 +59,43 @@ def _training(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable
 
 def compiled(module: fx.GraphModule) -> Callable[..., Any]:
     """The graph as a callable over its placeholders: from the store, else built now, else (an internal failure) as it is."""
-    if (why := _unsupported(module)) is not None:
+    if (why := _unsupported(home_of(module))) is not None:
         return _as_it_is(module, why)
     split_up = split(module, compiled)
     return _compiled_whole(module) if split_up is None else split_up
 
 
-def _factors(level: str) -> dict[str, str]:
+def _target(home: torch.device) -> tuple[str, str]:
+    """The target for graphs on this device, and the CPU's level."""
+    if home.type == "cpu":
+        return "cpu", cpu.levels()[0] if cpu.levels() else ""
+    return gpu.target_name(home) or "", ""
+
+
+def _factors(target: str, level: str) -> dict[str, str]:
     """What else decides the result: versions, settings, and the state of torch that tracing reads."""
     state = {
         "torch": torch.__version__,
         "flagtree": code_digest(),
+        "target": target,
         "level": level,
         "default dtype": str(torch.get_default_dtype()),
-        "autocast": f"{torch.is_autocast_enabled('cpu')} {torch.get_autocast_dtype('cpu')}",
+        "autocast": " ".join(f"{torch.is_autocast_enabled(kind)} {torch.get_autocast_dtype(kind)}" for kind in ("cpu", "cuda")),
     }
     return state | {f"setting.{name}": str(value) for name, value in settings.key_factors().items()}
 
 
 def _compiled_whole(module: fx.GraphModule) -> Callable[..., Any]:
-    level = cpu.levels()[0] if cpu.levels() else ""
+    target, level = _target(home_of(module))
     try:
-        key: CaptureKey | None = capture_key(module, _factors(level))
+        key: CaptureKey | None = capture_key(module, _factors(target, level))
     except Unkeyed as reason:
         key = None
         log.info("a graph has no capture key: %s", reason)
     if key is not None and (found := _from_store(module, key)) is not None:
         return found
     try:
-        return _built(module, key, level)
+        return _built(module, key, target, level)
     except ToolchainError:
         raise
     except CaptureError as refusal:  # not a failure: no program carries what this graph does, and the next start need not find out again
@@ -98,11 +107,11 @@ def _compiled_whole(module: fx.GraphModule) -> Callable[..., Any]:
         return _as_it_is(module, _report(module, error))
 
 
-def _unsupported(module: fx.GraphModule) -> str | None:
-    for node in module.graph.nodes:
-        value = example_value(node) if node.op == "placeholder" else None
-        if isinstance(value, torch.Tensor) and value.device.type != "cpu":
-            return f"tensors on {value.device.type}: only the CPU path is built"
+def _unsupported(home: torch.device) -> str | None:
+    if home.type not in ("cpu", "cuda"):  # torch's word for every GPU that it drives as it drives CUDA's
+        return f"tensors on {home.type}: there is no path for that device"
+    if home.type == "cuda" and gpu.target_name(home) is None:
+        return f"no target fits the device {torch.cuda.get_device_properties(home).name}"
     return None
 
 
@@ -141,7 +150,7 @@ def _from_store(module: fx.GraphModule, key: CaptureKey) -> Callable[..., Any] |
         import safetensors.torch
 
         constants = safetensors.torch.load(entry.files["constants.safetensors"])
-    return Callee(module, meta["launch"], entry.files.get("kernels.so", b""), meta["results"], constants)
+    return Callee(module, meta["launch"], entry.files, meta["results"], constants)
 
 
 _RELATIONS = {"==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
@@ -166,18 +175,27 @@ def _size(expression: Any, sizes: dict[str, Any]) -> Any:
 
 
 # -- built now ---------------------------------------------------------------------------------------------------------
-def _built(module: fx.GraphModule, key: CaptureKey | None, level: str) -> Callable[..., Any]:
+def _built(module: fx.GraphModule, key: CaptureKey | None, target: str, level: str) -> Callable[..., Any]:
     from flagtree.capture.dynamo import compile_graph
 
     name = f"graph-{key.digest[:16]}" if key else "graph"
-    graph = compile_graph(module, key.renamed if key else {}, level, settings.jobs, name)
-    files = {"kernels.so": graph.library} if graph.library else {}
+    graph = compile_graph(module, key.renamed if key else {}, target, level, settings.jobs, name)
+    files = dict(graph.kernels)
     if graph.constants:
         import safetensors.torch
 
         files["constants.safetensors"] = safetensors.torch.save({n: t.contiguous() for n, t in graph.constants.items()})
     _keep(key, graph.conditions, {"launch": graph.launch, "results": graph.results}, files)
-    return Callee(module, graph.launch, graph.library, graph.results, graph.constants)
+    return Callee(module, graph.launch, graph.kernels, graph.results, graph.constants)
+
+
+def _library(home: torch.device, files: Mapping[str, bytes]) -> Library | None:
+    """The kernels among a graph's files: a shared object for the CPU, else launch records with their binaries."""
+    if home.type == "cpu":
+        return cpu.load_library(files["kernels.so"]) if "kernels.so" in files else None
+    launches: Any = parse_json(files["kernels.json"], "a stored graph's kernels")
+    device = gpu.find_device(_target(home)[0], home)
+    return gpu.GpuLibrary(device, launches, lambda digest, file: files[f"{digest[:16]}.{file}"], "a compiled graph")
 
 
 def _keep(key: CaptureKey | None, conditions: list | None, graph: dict[str, Any], files: dict[str, bytes]) -> None:
@@ -194,9 +212,11 @@ def _keep(key: CaptureKey | None, conditions: list | None, graph: dict[str, Any]
 class Callee:
     """A compiled graph over its placeholders, in order.  Returns a tuple as the graph does."""
 
-    def __init__(self, module: fx.GraphModule, launch: dict, library: bytes, results: list, constants: dict[str, torch.Tensor]) -> None:
+    def __init__(
+        self, module: fx.GraphModule, launch: dict, files: Mapping[str, bytes], results: list, constants: dict[str, torch.Tensor]
+    ) -> None:
         self.eager, self.launch = module.forward, launch
-        self.executable = Executable(launch, cpu.load_library(library) if library else None, constants)
+        self.executable = Executable(launch, _library(home_of(module), files), constants)
         self.call = self.executable.call
         self.states = [i for i, b in enumerate(self.executable.inputs) if b.role == "state"]
         self.buffers = [k for kind, k in results if kind == "buffer"]

@@ -1,4 +1,4 @@
-"""Splits a graph around the calls that no program carries: complex numbers, rare element types, control flow.
+"""Splits a graph around the calls that no program carries: complex numbers, rare element types, control flow, another device.
 
 The calls stay as they are, in their place; each stretch of other calls between them becomes a part that is compiled on its own.
 Order never changes, so in-place writes keep their meaning.  Used by `compile.py` before the capture key, on hits too: torch only.
@@ -20,8 +20,18 @@ _CARRIED = frozenset(DTYPES.values())
 _INLINED = frozenset({"tag_activation_checkpoint"})  # tracing runs their body
 
 
-def uncarried(node: fx.Node) -> str | None:
-    """Why a program cannot hold this call, None where it can."""
+def home_of(module: fx.GraphModule) -> torch.device:
+    """Where a graph's tensors live: the first device that is not the CPU, since numbers and tables may stay there; else the CPU."""
+    for node in module.graph.nodes:
+        value = _known(node)
+        for tensor in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "cpu":
+                return tensor.device
+    return torch.device("cpu")
+
+
+def uncarried(node: fx.Node, home: torch.device) -> str | None:
+    """Why a program on the device `home` cannot hold this call, None where it can."""
     if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() not in _INLINED:
         return f"control flow, {node.target.name()}"
     if "batch_norm_legit" in str(node.target) and _known(node.all_input_nodes[0]).dtype in (torch.bfloat16, torch.float16) and (
@@ -29,7 +39,7 @@ def uncarried(node: fx.Node) -> str | None:
     ):
         return "torch declares float32 statistics and returns half ones"
     if node.target is operator.getitem and isinstance(node.args[0], fx.Node) and isinstance(_known(node.args[0]), tuple):
-        return uncarried(node.args[0])  # what a call returns in parts stays beside it
+        return uncarried(node.args[0], home)  # what a call returns in parts stays beside it
     if any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values())) and node.target in ("view", torch.ops.aten.view.dtype):
         return "memory seen as another element type"
     for value in (_known(n) for n in (node, *node.all_input_nodes)):
@@ -40,6 +50,8 @@ def uncarried(node: fx.Node) -> str | None:
                 return f"element type {tensor.dtype}"
             if tensor.layout is not torch.strided:
                 return f"layout {tensor.layout}"
+            if tensor.device != home:
+                return f"a tensor on {tensor.device} in a graph on {home}"
     return None
 
 
@@ -50,13 +62,14 @@ def _known(node: fx.Node) -> Any:
 def split(module: fx.GraphModule, compile_part: Callable[[fx.GraphModule], Callable[..., Any]]) -> Callable[..., Any] | None:
     """The graph with each stretch of calls that a program carries compiled; None where every call is carried."""
     calls = [n for n in module.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
-    if all(uncarried(n) is None for n in calls):
+    home = home_of(module)
+    if all(uncarried(n, home) is None for n in calls):
         return None
     whole = fx.Graph()
     called: dict[str, Any] = {str(n.target): _attribute(module, str(n.target)) for n in module.graph.nodes if n.op == "get_attr"}
     env: dict[fx.Node, fx.Node] = {}
-    for stretch in _stretches(list(module.graph.nodes)):
-        if uncarried(stretch[0]) is not None or stretch[0].op in ("placeholder", "get_attr", "output"):
+    for stretch in _stretches(list(module.graph.nodes), home):
+        if uncarried(stretch[0], home) is not None or stretch[0].op in ("placeholder", "get_attr", "output"):
             for node in stretch:
                 env[node] = whole.node_copy(node, env.__getitem__)
         else:
@@ -72,12 +85,12 @@ def _attribute(module: fx.GraphModule, path: str) -> Any:
     return operator.attrgetter(path)(module)
 
 
-def _stretches(nodes: Sequence[fx.Node]) -> list[list[fx.Node]]:
+def _stretches(nodes: Sequence[fx.Node], home: torch.device) -> list[list[fx.Node]]:
     """Neighbours of one kind: all carried calls, or none."""
     out: list[list[fx.Node]] = []
     kind: bool | None = None
     for node in nodes:
-        carried = node.op not in ("placeholder", "get_attr", "output") and uncarried(node) is None
+        carried = node.op not in ("placeholder", "get_attr", "output") and uncarried(node, home) is None
         if carried is not kind:
             out.append([])
             kind = carried

@@ -1,0 +1,148 @@
+"""Programs of GPU kernels executed through the launcher, equal to eager: torch.compile's own graphs for CUDA tensors among them.
+
+The device is this processor (tests/runtime/executing.py says what that proves); graphs are captured from fake CUDA tensors, which need
+no GPU, and compiled to cubins on the way, which are not executed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from flagtree.capture import dynamo
+from flagtree.capture.dynamo import CompiledGraph
+from flagtree.ir.canonical import digest, isolate_all
+from flagtree.runtime import compile as entry
+from flagtree.runtime import gpu
+from flagtree.runtime.gpu import Device, GpuLibrary
+from flagtree.runtime.launch import Executable
+from flagtree.settings import settings
+from tests.runtime import executing
+from tests.runtime.stand_in import ROUTES, Recording, StandIn, compile_launcher
+
+
+@pytest.fixture(scope="module", params=ROUTES)
+def device(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Device:
+    return executing.device(request.param, compile_launcher(tmp_path_factory.mktemp("device")))
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A graph of torch.compile for fake CUDA tensors, and what the recording driver saw while it was bound."""
+
+    graph: CompiledGraph
+    results: list
+    loads: list[str]
+
+
+def capture(function: Callable[..., Any], tensors: Sequence[torch.Tensor], folder: Path) -> list[Captured]:
+    """Through Dynamo, our backend and Triton, as a program with CUDA tensors goes; only the call of the result is left out, as fake
+    tensors have no address.  The recording driver stands for the device to which the cubins are bound."""
+    graphs: list[Captured] = []
+    recording = Recording("cuda:sm90", folder)
+    real = dynamo.compile_graph
+
+    def keep(*args: Any) -> CompiledGraph:
+        graphs.append(Captured(real(*args), [], []))
+        return graphs[-1].graph
+
+    class NotCalled(entry.Callee):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            graphs[-1].loads.extend(recording.lines("load"))
+
+        def __call__(self, *args: Any) -> tuple:
+            return self.eager(*args)
+
+    stand_in = StandIn(recording.driver, "interpreted", folder)
+    with pytest.MonkeyPatch.context() as patch, settings.override(cache_dir=folder / "store"):
+        patch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="NVIDIA H100 80GB HBM3", major=9, minor=0))
+        patch.setattr(gpu, "find_device", lambda target, tensors: stand_in)
+        patch.setattr(dynamo, "compile_graph", keep)
+        patch.setattr(entry, "Callee", NotCalled)
+        torch._dynamo.reset()
+        with FakeTensorMode(), torch.no_grad():
+            fakes = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda") for t in tensors]
+            torch.compile(function, backend=entry.backend, dynamic=False)(*fakes)
+        torch._dynamo.reset()
+    return graphs
+
+
+def emulated(graph: CompiledGraph, device: Device) -> GpuLibrary:
+    kernels = [(digest(one.program), one.program) for _, one in isolate_all(graph.program)]
+    return executing.library(kernels, "cuda:sm90", device)
+
+
+def launches(device: Device) -> int:
+    return ctypes.c_int64.in_dll(device.driver.library, "launches").value
+
+
+def _norm_and_residual(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    h = x + r
+    return torch.nn.functional.rms_norm(h.float(), (h.shape[-1],)).to(h.dtype) * w, h
+
+
+def _mlp(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    return (torch.nn.functional.silu(x @ gate) * (x @ up)) @ down
+
+
+def _softmax(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.softmax(x, -1), x.cumsum(-1)
+
+
+def _columns(x: torch.Tensor) -> torch.Tensor:
+    return (x * 2 + 1).sum(0)
+
+
+def rand(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape).to(dtype)
+
+
+BF16 = torch.bfloat16
+CASES: dict[str, tuple[Callable[..., Any], Callable[[], list[torch.Tensor]]]] = {
+    "norm": (_norm_and_residual, lambda: [rand(5, 256, dtype=BF16), rand(5, 256, dtype=BF16), rand(256, dtype=BF16)]),
+    "misaligned": (_norm_and_residual, lambda: [rand(1281, dtype=BF16)[1:].view(5, 256), rand(5, 256, dtype=BF16), rand(256, dtype=BF16)]),
+    "mlp": (_mlp, lambda: [rand(4, 64), rand(64, 128) / 8, rand(64, 128) / 8, rand(128, 64) / 11]),
+    "softmax": (_softmax, lambda: [rand(7, 200)]),
+    "columns": (_columns, lambda: [rand(70, 33)]),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def captured(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[CompiledGraph, list[torch.Tensor]]]:
+    """Each case captured once for both routes."""
+
+    @functools.cache
+    def get(case: str) -> tuple[CompiledGraph, list[torch.Tensor]]:
+        torch.manual_seed(3)
+        function, make = CASES[case]
+        tensors = make()
+        (found,) = capture(function, tensors, tmp_path_factory.mktemp("capture"))
+        assert found.loads
+        assert all("ELF" in line for line in found.loads)  # cubins went to the driver, every one before a first call
+        return found.graph, tensors
+
+    return get
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_compiled_graph_equals_eager(case: str, captured: Callable[..., Any], device: Device) -> None:
+    graph, tensors = captured(case)
+    run = Executable(graph.launch, emulated(graph, device))
+    start = launches(device)
+    found = run.call(tensors)
+    assert launches(device) - start == sum("kernel" in s for s in graph.launch["steps"]) > 0
+    expected = CASES[case][0](*tensors)
+    for one, other in zip(found, expected if isinstance(expected, tuple) else (expected,), strict=True):
+        assert (one.dtype, one.shape, one.stride()) == (other.dtype, other.shape, other.stride())
+        tolerance = 1e-2 if one.dtype is BF16 else 2e-5
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
