@@ -62,6 +62,21 @@ def recording_facts(target: str, path: Path) -> Driver:
     return replace(facts, libraries=(str(path),))
 
 
+@functools.cache
+def allow_fake_cuda() -> None:
+    """Let this process trace fake CUDA tensors, whatever torch was built with."""
+    if torch.backends.cuda.is_built():
+        return
+    compiler, home = shutil.which("c++") or shutil.which("g++"), Path(torch.__file__).parent
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    with tempfile.TemporaryDirectory() as folder:
+        made, source = f"{folder}/guard.so", str(Path(__file__).with_name("device_guard.cpp"))
+        flags = ["-std=c++20", "-O0", "-shared", "-fPIC", f"-I{home / 'include'}", f"-L{home / 'lib'}"]
+        subprocess.run([compiler, *flags, "-o", made, source, "-lc10"], check=True)
+        ctypes.CDLL(made)
+
+
 _numbers = itertools.count()  # a library that is mapped must not be written over
 
 

@@ -27,7 +27,7 @@ from flagtree.runtime.gpu import Device, GpuLibrary
 from flagtree.runtime.launch import Executable
 from flagtree.settings import settings
 from tests.runtime import executing
-from tests.runtime.stand_in import ROUTES, Recording, StandIn, compile_launcher
+from tests.runtime.stand_in import ROUTES, Recording, StandIn, allow_fake_cuda, compile_launcher
 
 
 @pytest.fixture(scope="module", params=ROUTES)
@@ -37,16 +37,18 @@ def device(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @dataclass(frozen=True)
 class Captured:
-    """A graph of torch.compile for fake CUDA tensors, and what the recording driver saw while it was bound."""
+    """A graph of torch.compile for fake CUDA tensors, what the recording driver saw while it was bound, and which of the tensors it takes,
+    in its order."""
 
     graph: CompiledGraph
-    results: list
     loads: list[str]
+    takes: list[int]
 
 
 def capture(function: Callable[..., Any], tensors: Sequence[torch.Tensor], folder: Path) -> list[Captured]:
     """Through Dynamo, our backend and Triton, as a program with CUDA tensors goes; only the call of the result is left out, as fake
     tensors have no address.  The recording driver stands for the device to which the cubins are bound."""
+    allow_fake_cuda()
     graphs: list[Captured] = []
     recording = Recording("cuda:sm90", folder)
     real = dynamo.compile_graph
@@ -61,8 +63,10 @@ def capture(function: Callable[..., Any], tensors: Sequence[torch.Tensor], folde
             graphs[-1].loads.extend(recording.lines("load"))
 
         def __call__(self, *args: Any) -> tuple:
+            graphs[-1].takes.extend(next(i for i, fake in enumerate(fakes) if fake is a) for a in args)
             return self.eager(*args)
 
+    fakes: list[torch.Tensor] = []
     stand_in = StandIn(recording.driver, "interpreted", folder)
     with pytest.MonkeyPatch.context() as patch, settings.override(cache_dir=folder / "store"):
         patch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="NVIDIA H100 80GB HBM3", major=9, minor=0))
@@ -71,7 +75,7 @@ def capture(function: Callable[..., Any], tensors: Sequence[torch.Tensor], folde
         patch.setattr(entry, "Callee", NotCalled)
         torch._dynamo.reset()
         with FakeTensorMode(), torch.no_grad():
-            fakes = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda") for t in tensors]
+            fakes += [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda") for t in tensors]
             torch.compile(function, backend=entry.backend, dynamic=False)(*fakes)
         torch._dynamo.reset()
     return graphs
@@ -103,6 +107,29 @@ def _columns(x: torch.Tensor) -> torch.Tensor:
     return (x * 2 + 1).sum(0)
 
 
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
+
+
+def _layer(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+    """A decoder layer as Qwen3's: norms, grouped heads with their own norms, rotary, attention, gated MLP, both residuals."""
+    first, wq, wk, wv, wo, nq, nk, second, gate, up, down = weights
+    rms = torch.nn.functional.rms_norm
+    h = rms(x, (64,), first)
+    q, k, v = ((h @ w).unflatten(-1, (-1, 16)).transpose(1, 2) for w in (wq, wk, wv))
+    q, k = _rotate(rms(q, (16,), nq), cos, sin), _rotate(rms(k, (16,), nk), cos, sin)
+    attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    x = x + attended.transpose(1, 2).flatten(2) @ wo
+    h = rms(x, (64,), second)
+    return x + (torch.nn.functional.silu(h @ gate) * (h @ up)) @ down
+
+
+def _layer_inputs() -> list[torch.Tensor]:
+    weights = [rand(64), *(rand(64, n) / 8 for n in (64, 32, 32)), rand(64, 64) / 8, rand(16), rand(16), rand(64)]
+    return [rand(2, 9, 64), rand(9, 16), rand(9, 16), *weights, rand(64, 96) / 8, rand(64, 96) / 8, rand(96, 64) / 10]
+
+
 def rand(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(*shape).to(dtype)
 
@@ -113,33 +140,35 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[], list[torch.Tensor]]]] = 
     "misaligned": (_norm_and_residual, lambda: [rand(1281, dtype=BF16)[1:].view(5, 256), rand(5, 256, dtype=BF16), rand(256, dtype=BF16)]),
     "mlp": (_mlp, lambda: [rand(4, 64), rand(64, 128) / 8, rand(64, 128) / 8, rand(128, 64) / 11]),
     "softmax": (_softmax, lambda: [rand(7, 200)]),
+    "layer": (_layer, _layer_inputs),
     "columns": (_columns, lambda: [rand(70, 33)]),
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def captured(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[CompiledGraph, list[torch.Tensor]]]:
+def captured(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Captured, list[torch.Tensor]]]:
     """Each case captured once for both routes."""
 
     @functools.cache
-    def get(case: str) -> tuple[CompiledGraph, list[torch.Tensor]]:
+    def get(case: str) -> tuple[Captured, list[torch.Tensor]]:
         torch.manual_seed(3)
         function, make = CASES[case]
         tensors = make()
         (found,) = capture(function, tensors, tmp_path_factory.mktemp("capture"))
         assert found.loads
         assert all("ELF" in line for line in found.loads)  # cubins went to the driver, every one before a first call
-        return found.graph, tensors
+        return found, tensors
 
     return get
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_compiled_graph_equals_eager(case: str, captured: Callable[..., Any], device: Device) -> None:
-    graph, tensors = captured(case)
+    made, tensors = captured(case)
+    graph = made.graph
     run = Executable(graph.launch, emulated(graph, device))
     start = launches(device)
-    found = run.call(tensors)
+    found = run.call([tensors[i] for i in made.takes])
     assert launches(device) - start == sum("kernel" in s for s in graph.launch["steps"]) > 0
     expected = CASES[case][0](*tensors)
     for one, other in zip(found, expected if isinstance(expected, tuple) else (expected,), strict=True):
