@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from flagtree.ir.program import Extern, Kernel, Program, Repeat, Step
+from flagtree.ir.program import Extern, Kernel, Program, Repeat, Step, Template
 from flagtree.ir.text import print_program
 from flagtree.passes.base import Pass, Report, spec
 from flagtree.settings import settings
@@ -64,7 +64,9 @@ class Ladder:
             return
         steps = list(_flat(program.steps))
         kernels = sum(isinstance(s, Kernel) for s in steps)
-        self._say(f"{kernels} kernels, {len(steps) - kernels} externs" + (", from the store" if cached else ""))
+        templates = sum(isinstance(s, Template) for s in steps)
+        joined = f"{kernels} kernels, " + (f"{templates} templates, " if templates else "")
+        self._say(f"{joined}{len(steps) - kernels - templates} externs" + (", from the store" if cached else ""))
         reasons: dict[str, int] = {}
         for step in steps:
             if isinstance(step, Extern):

@@ -292,6 +292,8 @@ def summarise(launch: Mapping) -> dict:
             work[:0] = [(inner, times * step["repeat"]) for inner in step["steps"]]
         elif "kernel" in step:
             launches += times
+            if "above" in step:
+                work.insert(0, (step["above"]["extern"], times))
         else:
             call = (step["extern"], step.get("reason", ""))
             externs[call] = externs.get(call, 0) + times

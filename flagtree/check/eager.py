@@ -15,6 +15,7 @@ from torch import fx
 
 from flagtree.errors import FlagtreeError
 from flagtree.ir.canonical import Isolated
+from flagtree.ir.gemm import is_product
 from flagtree.ir.index import Index
 from flagtree.ir.program import Kernel, Program
 from flagtree.lower.builder import NotLowered
@@ -46,11 +47,13 @@ def eager_of(
     graph: fx.Graph, program: Program, kernel: Kernel, isolated: Isolated, renamed: Mapping[str, str]
 ) -> Callable[[Mapping[str, Tensor], Mapping[str, int]], dict[str, Tensor]]:
     """`eager_outputs` over the isolated kernel's names: (tensors b0…, values of n0…) to the stored ones by b-name."""
+    if is_product(isolated.program):  # a template: its kernel reads the names of the isolated form
+        return lambda tensors, symbols: {"b2": torch.nn.functional.linear(tensors["b0"], tensors["b1"])}
     canonical = {name: f"b{i}" for i, name in enumerate(isolated.buffers)}
 
     def run(tensors: Mapping[str, Tensor], symbols: Mapping[str, int]) -> dict[str, Tensor]:
         actual = {name: tensors[b] for name, b in canonical.items()}
-        values = {name: symbols[f"n{i}"] for i, name in enumerate(isolated.symbols)}
+        values = {str(name): symbols[f"n{i}"] for i, name in enumerate(isolated.symbols)}
         found = eager_outputs(graph, program, kernel, actual, values, renamed)
         return {canonical[name]: value for name, value in found.items() if name in canonical}
 

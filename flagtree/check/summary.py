@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from flagtree.check.report import ExternRow, KernelRow, PartReport, fact
-from flagtree.ir.program import Extern, Kernel, Program, Repeat, Step
+from flagtree.ir.gemm import OTHERWISE, PRODUCT, above_reason
+from flagtree.ir.program import Extern, Kernel, Program, Repeat, Step, Template
 from flagtree.ir.traffic import ProgramTraffic, program_traffic
 
 
@@ -74,7 +75,7 @@ def _kernel_rows(
     # what stays a call keeps its bytes, also where a kernel took over a part of it (the cache write of attention)
     claimed = {o.node for s in _steps(program.steps) if isinstance(s, Extern) for o in s.origins}
     for step in _steps(program.steps):
-        if not isinstance(step, Kernel):
+        if not isinstance(step, Kernel | Template):
             continue
         nodes = {o.node for o in step.origins} - claimed
         claimed |= nodes
@@ -89,7 +90,7 @@ def _kernel_rows(
             digest=digest,
             part=part,
             launches=launches,
-            ops=tuple(step.ops) if known is None else known.ops,
+            ops=known.ops if known else (PRODUCT,) if isinstance(step, Template) else step.ops,
             tier=told.tier,
             missing=told.missing,
             bytes_before=before,
@@ -101,7 +102,7 @@ def _kernel_rows(
     yield from rows.values()
 
 
-def label(kernel: Kernel) -> str:
+def label(kernel: Kernel | Template) -> str:
     """What a reader calls a kernel: the module in which most of its work was traced, else its own name."""
     leaves = [leaf for o in kernel.origins if (leaf := o.module.rsplit(".", 1)[-1]) and not leaf.isdigit()]
     return max(leaves, key=leaves.count) if leaves else kernel.name
@@ -112,7 +113,12 @@ def _extern_rows(part: str, program: Program, traffic: ProgramTraffic) -> Iterat
     rows: dict[tuple[str, str], tuple[int, int]] = {}
     for step in _steps(program.steps):
         if isinstance(step, Extern):
-            count, total = rows.get((step.callee, step.reason), (0, 0))
-            rows[step.callee, step.reason] = count + moved[step.name].launches, total + moved[step.name].bytes
+            key = step.callee, step.reason
+        elif isinstance(step, Template) and (callee := dict(step.attrs).get(OTHERWISE)) is not None:
+            key = str(callee), above_reason(step)
+        else:
+            continue
+        count, total = rows.get(key, (0, 0))
+        rows[key] = count + moved[step.name].launches, total + moved[step.name].bytes
     for (callee, reason), (count, total) in sorted(rows.items()):
         yield ExternRow(callee, part, count, total, reason)

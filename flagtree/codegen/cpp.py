@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
+from flagtree.codegen import cpp_gemm
 from flagtree.codegen import cpp_ops as ops
 from flagtree.codegen.cpp_index import operand_text
 from flagtree.codegen.cpp_layout import Layout, layout
@@ -19,7 +21,7 @@ from flagtree.codegen.cpp_sweeps import RowWriter
 from flagtree.ir.dtypes import DTYPES
 from flagtree.ir.flat import FlatKernel, flatten
 from flagtree.ir.index import ONE, Index
-from flagtree.ir.program import Compute, Load, Program, Store
+from flagtree.ir.program import Compute, Kernel, Load, Program, Store
 from flagtree.ir.text import print_program
 
 THREAD_WORK = 32768  # points of the domain from which a second thread pays for being woken
@@ -37,23 +39,29 @@ def generate(program: Program, digest: str) -> str:
 
     Raises CodegenError for a kernel that this generator cannot express.
     """
+    kernel = program.steps[0]
+    context = cpp_gemm.context(program) if isinstance(kernel, Kernel) and kernel.numerics.fp_contract else _walked(program)
+    text = print_program(program).rstrip("\n").split("\n")
+    names = {"digest": digest, "symbol": symbol_name(digest), "text": text, "threshold": THREAD_WORK}
+    lines = (*context["definitions"], *context["head"], *context["decode"], *context["body"])
+    return _template().render(prelude=prelude("\n".join((*lines, context["count"]))), **names, **context)
+
+
+def _walked(program: Program) -> dict[str, Any]:
+    """A kernel in sweeps over its rows: what the source template needs, apart from names."""
     walk = layout(flatten(program))
     multiples = {s.name: s.multiple for s in program.symbols}
     chunk = _chunk(walk)
     writer = RowWriter(walk, multiples, chunk)
     body = [*_chunk_bounds(walk, chunk), *writer.row()]
-    head, count = _head(walk), " * ".join(_factor(walk, extent) for _, extent in _outer(walk, chunk)) or "1"
     outer = _outer(walk, chunk)
-    context = {
-        "digest": digest, "symbol": symbol_name(digest), "text": print_program(program).rstrip("\n").split("\n"),
-        "widest": walk.widest, "partials": writer.partials, "clean_nans": int(_clean_nans(walk.kernel)),
-        "head": head, "symbols": _symbols(walk), "decode": _decode(walk, outer), "advance": _advance(walk, outer),
-        "body": body, "count": count,
+    return {
+        "widest": walk.widest, "partials": writer.partials, "clean_nans": int(_clean_nans(walk.kernel)), "definitions": [],
+        "head": _head(walk), "symbols": _symbols(walk), "decode": _decode(walk, outer), "advance": _advance(walk, outer), "body": body,
+        "count": " * ".join(_factor(walk, extent) for _, extent in outer) or "1",
         "work": " * ".join(_factor(walk, a.extent) for a in walk.kernel.axes) or "1",
-        "threads": _may_use_threads(walk, outer), "threshold": THREAD_WORK,
+        "threads": _may_use_threads(walk, outer),
     }  # fmt: skip
-    code = "\n".join((*head, *_decode(walk, outer), *body, count))
-    return _template().render(prelude=prelude(code), **context)
 
 
 @functools.cache

@@ -11,9 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from flagtree.errors import CodegenError
+from flagtree.ir import gemm
 from flagtree.ir.canonical import Isolated
 from flagtree.ir.index import Index
-from flagtree.ir.program import Alias, Buffer, Extern, Kernel, Operand, Program, Ref, Repeat, Step, Symbol, TypeArg
+from flagtree.ir.program import Alias, Buffer, Extern, Kernel, Operand, Program, Ref, Repeat, Step, Symbol, Template, TypeArg
 
 FORMAT = 1
 
@@ -23,8 +24,8 @@ def launch_list(program: Program, kernels: Mapping[str, tuple[Isolated, str]]) -
 
     `kernels` maps the name of each kernel of the program, those in repeats included, to (its isolated form, its digest).
     A buffer that a repeat binds anew in each iteration gets the role "formal": nobody passes it; what it is bound to is
-    declared for it where the program does not.  CodegenError for a kernel without a digest, for a template that no
-    pass made a kernel or an extern, and for a name that is used but not declared.
+    declared for it where the program does not.  CodegenError for a kernel or template without a
+    digest, and for a name that is used but not declared.
     """
     buffers = _declared(program)
     steps = [_step(program, s, kernels) for s in program.steps]
@@ -96,13 +97,14 @@ def _output(name: str | None, buffers: Mapping[str, Buffer], symbols: set[str]) 
 
 # -- steps -----------------------------------------------------------------------------------------------------------
 def _step(program: Program, step: Step, kernels: Mapping[str, tuple[Isolated, str]]) -> dict:
-    if isinstance(step, Kernel):
+    if isinstance(step, Kernel | Template):
         if step.name not in kernels:
             raise CodegenError(f"the kernel '{step.name}' was not compiled", where=program.name)
         isolated, digest = kernels[step.name]
         symbols = [Index.of(s).to_json() for s in isolated.symbols]
         writes = [i for i, b in enumerate(isolated.program.buffers) if b.role != "input"]
-        return {"kernel": digest, "name": step.name, "buffers": list(isolated.buffers), "writes": writes, "symbols": symbols}
+        launch = {"kernel": digest, "name": step.name, "buffers": list(isolated.buffers), "writes": writes, "symbols": symbols}
+        return launch | (_above(program, step, symbols[0], kernels) if isinstance(step, Template) else {})
     if isinstance(step, Extern):
         return {
             "extern": step.callee,
@@ -119,7 +121,17 @@ def _step(program: Program, step: Step, kernels: Mapping[str, tuple[Isolated, st
             raise CodegenError(f"the repeat '{step.name}' runs {step.count} times but binds '{wrong}' another number of times")
         body = [_step(program, s, kernels) for s in step.body]
         return {"repeat": step.count, "bindings": {f: list(bound) for f, bound in step.bindings}, "steps": body}
-    raise CodegenError(f"the template '{step.name}' was not made a kernel", where=program.name, why=f"kind {step.kind}")
+    raise CodegenError(f"a step of type {type(step).__name__} has no place in a launch list", where=program.name)
+
+
+def _above(program: Program, step: Template, rows: object, kernels: Mapping[str, tuple[Isolated, str]]) -> dict:
+    """The call that takes more rows than the template's kernel is for, where there can be more."""
+    attributes = dict(step.attrs)
+    if (callee := attributes.get(gemm.OTHERWISE)) is None:
+        return {}
+    limit = gemm.rows_at_most(step)
+    call = Extern(step.name, str(callee), tuple(map(Ref, step.operands)), step.outputs, reason=gemm.above_reason(step))
+    return {"above": {"rows": rows, "at_most": limit, "extern": _step(program, call, kernels)}}
 
 
 def operand(value: Operand) -> object:

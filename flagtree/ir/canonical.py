@@ -10,6 +10,8 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from flagtree.errors import IRError
+from flagtree.ir import gemm
 from flagtree.ir.index import Index
 from flagtree.ir.program import (
     Access,
@@ -28,6 +30,7 @@ from flagtree.ir.program import (
     Step,
     Store,
     Symbol,
+    Template,
     defined,
 )
 from flagtree.ir.text import print_program
@@ -36,11 +39,12 @@ from flagtree.ir.text import print_program
 @dataclass(frozen=True, slots=True)
 class Isolated:
     """`program` holds exactly one kernel over buffers b0, b1, … and symbols n0, n1, …; `buffers` and `symbols` are the actual
-    names in that order, which is what a launch passes (the address of element 0 of each, the value of each)."""
+    names in that order, which is what a launch passes (the address of element 0 of each, the value of each).  A template passes
+    expressions for its symbols."""
 
     program: Program
     buffers: tuple[str, ...]
-    symbols: tuple[str, ...]
+    symbols: tuple[str | Index, ...]
 
     @property
     def kernel(self) -> Kernel:
@@ -95,19 +99,36 @@ def isolate(program: Program, kernel: Kernel) -> Isolated:
     return Isolated(alone, tuple(names), tuple(s.name for s in symbols))
 
 
+def isolate_template(program: Program, template: Template) -> Isolated:
+    """The kernel that computes a template, over its operands and outputs.  IRError for a kind that no kernel computes."""
+    if template.kind != "gemm" or template.epilogue or template.prologue or gemm.ROWS_AT_MOST not in dict(template.attrs):
+        raise IRError(f"no kernel computes the template '{template.kind}' of this form", where=f"step {template.name}")
+    alone = gemm.product(program.buffer(template.operands[0]).dtype, gemm.rows_at_most(template))
+    return Isolated(alone, (*template.operands, *template.outputs), gemm.arguments(program, template))
+
+
 def isolate_all(program: Program) -> Iterator[tuple[Kernel, Isolated]]:
-    """Every kernel of the program with its isolated form, in order; those of a Repeat once, over the formal buffers."""
-    for kernel in kernels(program.steps):
-        yield kernel, isolate(program, kernel)
+    """Every kernel of the program, those of templates included, with its isolated form, in order; those of a Repeat once, over the
+    formal buffers."""
+    for step in _generated(program.steps):
+        if isinstance(step, Kernel):
+            yield step, isolate(program, step)
+        else:
+            alone = isolate_template(program, step)
+            yield replace(alone.kernel, name=step.name, origins=step.origins, ops=(gemm.PRODUCT,)), alone
 
 
 def kernels(steps: Iterable[Step]) -> Iterator[Kernel]:
-    """All kernels in order, those of a Repeat's body once."""
+    """All kernels in order, those of a Repeat's body once; templates are left out."""
+    return (step for step in _generated(steps) if isinstance(step, Kernel))
+
+
+def _generated(steps: Iterable[Step]) -> Iterator[Kernel | Template]:
     for step in steps:
-        if isinstance(step, Kernel):
+        if isinstance(step, Kernel | Template):
             yield step
         elif isinstance(step, Repeat):
-            yield from kernels(step.body)
+            yield from _generated(step.body)
 
 
 # -- names -----------------------------------------------------------------------------------------------------------

@@ -21,9 +21,11 @@ from flagtree.passes.fuse_reduction import FuseReduction
 from flagtree.passes.group_heads import GroupHeads
 from flagtree.passes.reinplace import Reinplace
 from flagtree.passes.schedule import ScheduleKernels
+from flagtree.passes.small_products import SmallProducts
 from flagtree.targets.base import Target
 
-PASSES: dict[str, type] = {p.name: p for p in (Canonicalize, GroupHeads, Reinplace, FusePointwise, FuseReduction, ScheduleKernels)}
+_OURS = (Canonicalize, GroupHeads, Reinplace, FusePointwise, FuseReduction, SmallProducts, ScheduleKernels)
+PASSES: dict[str, type] = {p.name: p for p in _OURS}
 _SPEC = r"([A-Za-z_]\w*)\s*(?:\{([^}]*)\})?\s*(?:,|$)"
 After = Callable[[Pass, Program, Report], None]
 
@@ -47,6 +49,7 @@ def pipeline(target: Target) -> tuple[Pass, ...]:
         FusePointwise(),     # chains, gating, rotary
         FuseReduction(),     # norms and softmax with what surrounds them
         Canonicalize(),
+        SmallProducts(),     # products of few rows as our own kernel
         ScheduleKernels(),   # tiles under the target's limits
     )  # fmt: skip
 

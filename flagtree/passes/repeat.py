@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from flagtree.errors import IRError
-from flagtree.ir.canonical import digest, isolate
-from flagtree.ir.program import Alias, Buffer, Extern, Kernel, Operand, Program, Ref, Repeat, Step
+from flagtree.ir.canonical import digest, isolate, isolate_template
+from flagtree.ir.program import Alias, Buffer, Extern, Kernel, Operand, Program, Ref, Repeat, Step, Template
 from flagtree.passes.reinplace import renamed
 
 
@@ -84,6 +84,11 @@ def _operands(program: Program, a: Step, b: Step) -> Iterator[tuple[str, str]]:
     if isinstance(a, Kernel) and isinstance(b, Kernel):
         one, two = isolate(program, a), isolate(program, b)
         if digest(one.program) == digest(two.program) and one.symbols == two.symbols:
+            yield from zip(one.buffers, two.buffers, strict=True)
+            return
+    if isinstance(a, Template) and isinstance(b, Template) and (a.kind, a.attrs, a.numerics) == (b.kind, b.attrs, b.numerics):
+        one, two = isolate_template(program, a), isolate_template(program, b)
+        if one.program == two.program and one.symbols == two.symbols:
             yield from zip(one.buffers, two.buffers, strict=True)
             return
     if isinstance(a, Extern) and isinstance(b, Extern) and a.callee == b.callee and len(a.outputs) == len(b.outputs):

@@ -39,6 +39,16 @@ class KernelCall:
     buffers: tuple[str, ...]
     writes: tuple[str, ...]
     symbols: tuple
+    above: Above | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Above:
+    """The call that computes the same as a kernel, and takes its place where `rows` (an index expression) is more than `at_most`."""
+
+    rows: object
+    at_most: int
+    call: ExternCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,14 +216,27 @@ def _unroll(steps: Iterable[Mapping[str, Any]], rename: _Renaming, private: Mapp
         elif "kernel" in step:
             buffers = tuple(rename(n) for n in step["buffers"])
             writes = tuple(buffers[i] for i in step["writes"])
-            done.append(KernelCall(step["kernel"], step["name"], buffers, writes, tuple(step["symbols"])))
+            done.append(KernelCall(step["kernel"], step["name"], buffers, writes, tuple(step["symbols"]), _above(step, rename, buffers)))
         else:
-            outputs = tuple(None if o is None else rename(o) for o in step["outputs"])
-            args = [rename.operand(a) for a in step["args"]]
-            kwargs = {k: rename.operand(v) for k, v in step["kwargs"].items()}
-            mutates = tuple(rename(n) for n in step["mutates"])
-            operands = tuple(dict.fromkeys(_buffers([args, list(kwargs.values())])))
-            done.append(ExternCall(step["extern"], step["name"], args, kwargs, outputs, mutates, step["reason"], operands))
+            done.append(_extern(step, rename))
+
+
+def _extern(step: Mapping[str, Any], rename: _Renaming) -> ExternCall:
+    outputs = tuple(None if o is None else rename(o) for o in step["outputs"])
+    args = [rename.operand(a) for a in step["args"]]
+    kwargs = {k: rename.operand(v) for k, v in step["kwargs"].items()}
+    mutates = tuple(rename(n) for n in step["mutates"])
+    operands = tuple(dict.fromkeys(_buffers([args, list(kwargs.values())])))
+    return ExternCall(step["extern"], step["name"], args, kwargs, outputs, mutates, step["reason"], operands)
+
+
+def _above(step: Mapping[str, Any], rename: _Renaming, buffers: tuple[str, ...]) -> Above | None:
+    if (above := step.get("above")) is None:
+        return None
+    call = _extern(above["extern"], rename)
+    if not {*call.operands, *call.outputs} <= set(buffers):
+        raise ValueError(f"the call above '{step['name']}' touches other buffers than its kernel")
+    return Above(above["rows"], int(above["at_most"]), call)
 
 
 def _repeat(step: Mapping[str, Any], rename: _Renaming, private: Mapping[int, set[str]]) -> None:

@@ -21,7 +21,7 @@ from flagtree.runtime import memory
 from flagtree.runtime.direct import result_sizes
 from flagtree.runtime.expand import Declared
 from flagtree.runtime.index import Expression, evaluate, same_strides
-from flagtree.runtime.prepare import Allocate, Build, Call, Launch, Layout, Prepared, Release, check_symbol, read_symbol
+from flagtree.runtime.prepare import Allocate, Build, Call, Launch, Layout, Prepared, Release, Step, check_symbol, read_symbol
 
 Positions = tuple[tuple[int, int], ...]  # (word of the pointer block, bytes after element 0)
 
@@ -62,7 +62,7 @@ class Frame:
         raw = torch.empty(self.arena_bytes + memory.ALIGNMENT, dtype=torch.uint8, device=self.tensors)
         self.arena = raw[-raw.data_ptr() % memory.ALIGNMENT :][: self.arena_bytes]
         self.arena_start = self.arena.data_ptr()
-        needed = {n for s in prepared.steps if isinstance(s, Call) for n in (*s.step.operands, *s.step.mutates, s.into) if n}
+        needed = {n for c in prepared.calls for n in (*c.step.operands, *c.step.mutates, c.into) if n}
         roots = {prepared.program.root(n) for n in needed}
         for name, offset in offsets.items():
             self._point(name, self.arena_start + offset)
@@ -80,8 +80,8 @@ class Frame:
     def _fix_views(self) -> set[str]:
         """Views of what stays are made once; returns their names."""
         program, fixed = self.prepared.program, set()
-        for step in self.prepared.steps:
-            for name in step.views if isinstance(step, Call) else ():
+        for call in self.prepared.calls:
+            for name in call.views:
                 if name not in fixed and program.root(name) in self.persistent and not self.prepared.layouts[name].late:
                     self.slots[self.prepared.slot[name]] = self.prepared.view(name)(self.slots, self.values)
                     fixed.add(name)
@@ -135,13 +135,20 @@ class Frame:
     def _closures(self, stream: int) -> list[Callable[[], object]]:
         words, numbers = self.words.buffer_info()[0], self.numbers.buffer_info()[0]
         out: list[Callable[[], object]] = []
-        for launches, group in itertools.groupby(self.prepared.steps, lambda step: isinstance(step, Launch)):
+        steps = [self._at_these_sizes(step) for step in self.prepared.steps]
+        for launches, group in itertools.groupby(steps, lambda step: isinstance(step, Launch)):
             if launches and self.prepared.library is not None:
                 calls = [(s.kernel, words + s.pointers, numbers + s.symbols) for s in group if isinstance(s, Launch)]
                 out += self.prepared.library.launch(calls, stream)
             else:
                 out += [self._compile(s) for s in group if not isinstance(s, Launch)]
         return out
+
+    def _at_these_sizes(self, step: Step) -> Step:
+        """The platform's call for a product of more rows than its kernel takes; the rows are sizes of a buffer of ours, so this frame's."""
+        if isinstance(step, Launch) and step.above is not None and evaluate(step.above[0], self.values) > step.above[1]:
+            return step.above[2]
+        return step
 
     def _compile(self, step: Call | Allocate | Release) -> Callable[[], object]:
         if isinstance(step, Allocate):

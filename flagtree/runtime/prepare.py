@@ -14,9 +14,9 @@ import torch
 
 from flagtree.errors import BindError, BundleError
 from flagtree.runtime import memory, operands
-from flagtree.runtime.direct import out_form
+from flagtree.runtime.direct import out_form, written_into
 from flagtree.runtime.dtypes import torch_dtype
-from flagtree.runtime.expand import GIVEN, Declared, ExternCall, KernelCall, Unrolled, expand
+from flagtree.runtime.expand import GIVEN, Above, Declared, ExternCall, KernelCall, Unrolled, expand
 from flagtree.runtime.gpu import Device
 from flagtree.runtime.index import Expression, Values, compile_index, evaluate, row_major, symbols_of
 
@@ -74,11 +74,13 @@ class SymbolSpec:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """Kernel call: bytes from the start of the pointer block and of the symbol block."""
+    """Kernel call: bytes from the start of the pointer block and of the symbol block.  `above`: (rows, the most that the kernel takes,
+    the call for more)."""
 
     kernel: Any
     pointers: int
     symbols: int
+    above: tuple[Expression, int, Call] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,9 +196,17 @@ class Prepared:
                 steps.append(Release(self._with_views(pending)))
                 pending = []
             steps += [Allocate(name) for name in allocate.get(i, ())]
-            steps.append(self._launch(step) if isinstance(step, KernelCall) else self._call(step))
+            steps.append(self._launch(step) if isinstance(step, KernelCall) else self._call(step, self._into(step)))
             pending += dead.get(i, ())
         return steps
+
+    def _into(self, step: ExternCall) -> str | None:
+        return step.outputs[0] if len(step.outputs) == 1 and step.outputs[0] in self.homes.direct else None
+
+    @property
+    def calls(self) -> list[Call]:
+        """Every operator call that a frame may make."""
+        return [c for s in self.steps if (c := s if isinstance(s, Call) else s.above[2] if isinstance(s, Launch) and s.above else None)]
 
     def _with_views(self, roots: list[str]) -> tuple[int, ...]:
         return tuple(slot for root in roots for slot in self._slots_of_root.get(root, ()))
@@ -210,7 +220,13 @@ class Prepared:
             self._slot_of(root)
             self.words.setdefault(root, []).append((place, _scaled(layout.offset, layout.dtype.itemsize)))
         self.pointer_count += len(step.buffers)
-        return Launch(self.library.kernel(step.digest), start * WORD, self._symbol_block(step.symbols) * WORD)
+        above = None if step.above is None else (self.expression(step.above.rows), step.above.at_most, self._call_above(step.above))
+        return Launch(self.library.kernel(step.digest), start * WORD, self._symbol_block(step.symbols) * WORD, above)
+
+    def _call_above(self, above: Above) -> Call:
+        if written_into(self.program, above.call, self.homes.late) is None:
+            raise BundleError(f"the call above the kernel '{above.call.name}' cannot write the kernel's result", where=above.call.callee)
+        return self._call(above.call, above.call.outputs[0])
 
     def _symbol_block(self, symbols: tuple) -> int:
         """Kernels with equal symbol expressions share their words."""
@@ -224,8 +240,8 @@ class Prepared:
             self.symbol_words.append(self.expression(json))
         return start
 
-    def _call(self, step: ExternCall) -> Call:
-        into = step.outputs[0] if len(step.outputs) == 1 and step.outputs[0] in self.homes.direct else None
+    def _call(self, step: ExternCall, into: str | None) -> Call:
+        """`into`: the buffer of ours that the operator writes instead of returning it."""
         operator = operands.resolve(step.callee if into is None else out_form(step.callee))
         computed: list[tuple[int, Build]] = []
         arguments = tuple(self._operand(a, computed) for a in step.args)

@@ -69,6 +69,7 @@ class Target:
     max_threads: int = 1                   # per program instance
     shared_bytes: int = 0                  # per program instance
     row_limit: int = 65536                 # longest reduced row kept in one tile, in elements
+    gemm_rows: Mapping[str, int] = field(default_factory=dict)  # element type to the rows up to which our own product beats the library's
     dtypes: frozenset[str] = frozenset()
     options: Mapping[str, object] = field(default_factory=dict)
     facts_from: Mapping[str, str] = field(default_factory=dict)

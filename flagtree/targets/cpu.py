@@ -43,8 +43,12 @@ TARGETS = (
         aliases=("native-cpu",),
         levels=LEVELS,
         row_limit=1 << 30,  # rows are walked in sweeps, never held in one tile
+        gemm_rows={"bf16": 4, "f16": 4, "f32": 16},
         dtypes=DTYPES,
-        facts_from={"levels": "x86-64 psABI 1.0, section 3.1.1; Armv8-A baseline (NEON)"},
+        facts_from={
+            "levels": "x86-64 psABI 1.0, section 3.1.1; Armv8-A baseline (NEON)",
+            "gemm_rows": "measured beside oneDNN and MKL of torch 2.13 on x86-64-v4 with AMX (docs/cpu.md, Templates)",
+        },
         probe=probe,
     ),
 )

@@ -1,0 +1,74 @@
+"""Products of few rows as the template `gemm`, for targets whose own product beats the platform's library there.
+
+Decoding one token a sequence reads every weight for a handful of rows.  Where the number of rows is a size of the call, the template
+names the operator that takes more of them; the launch chooses once a size.  Runs after fusion: nothing is fused into a product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from flagtree.ir import gemm
+from flagtree.ir.index import Bounds
+from flagtree.ir.program import Extern, Numerics, Operand, Program, Ref, Repeat, Step, Template
+from flagtree.passes.base import Fuel, Refused, Report
+from flagtree.targets.base import Target
+
+
+@dataclass(frozen=True)
+class SmallProducts:
+    """No options."""
+
+    name: ClassVar[str] = "small_products"
+    version: ClassVar[int] = 1
+
+    def run(self, program: Program, target: Target, fuel: Fuel | None = None) -> tuple[Program, Report]:
+        report, fuel = Report(self.name), fuel or Fuel()
+        if not target.gemm_rows:
+            return program, report
+        bounds = Bounds({s.name: (s.lo, s.hi) for s in program.symbols}, {})
+
+        def change(step: Step) -> Step:
+            if isinstance(step, Repeat):
+                body = tuple(map(change, step.body))
+                return step if body == step.body else Repeat(step.name, step.count, body, step.bindings)
+            if not isinstance(step, Extern) or step.callee != gemm.PRODUCT:
+                return step
+            found = _template(program, step, target, bounds)
+            if isinstance(found, str):
+                report.refused.append(Refused((step.name,), found))
+                return step
+            if not fuel.take():
+                return step
+            report.rewrites += 1
+            report.matched.append(step.name)
+            return found
+
+        steps = tuple(map(change, program.steps))
+        return (program.with_(steps=steps) if report.rewrites else program), report
+
+
+def _template(program: Program, step: Extern, target: Target, bounds: Bounds) -> Template | str:
+    """The template in the call's place, or why not."""
+    operands = [a.buffer for a in step.args if isinstance(a, Ref)]
+    if len(operands) != 2 or step.kwargs or step.mutates or any(a is not None for a in step.args[2:]) or step.outputs[0] is None:
+        return "a product with a bias"
+    x, w, y = (program.buffer(n) for n in (*operands, step.outputs[0]))
+    limit = target.gemm_rows.get(x.dtype)
+    if limit is None or not x.dtype == w.dtype == y.dtype:
+        return f"no product of {x.dtype} rows of our own"
+    columns, depth = (n.constant for n in w.shape) if len(w.shape) == 2 else (None, None)
+    if columns is None or depth is None or not w.is_contiguous or columns < gemm.COLUMNS or depth < gemm.DEPTH:
+        return "the weight is no row-major matrix of known sizes, or a small one"
+    if gemm.row_stride(x) is None or not y.is_contiguous or y.role != "temp" or y.alias_of is not None:
+        return "the rows do not lie evenly"
+    rows = gemm.rows_of(x)
+    if any(program.buffer(program.root(s.source[1])).role == "temp" for s in program.symbols if s.name in rows.names()):
+        return "the number of rows is known only while the program runs"
+    least, most = bounds.minimum(rows), bounds.maximum(rows)
+    if least is not None and least > limit:
+        return f"more than {limit} rows"
+    otherwise: tuple[tuple[str, Operand], ...] = () if most is not None and most <= limit else ((gemm.OTHERWISE, step.callee),)
+    attrs = ((gemm.ROWS_AT_MOST, limit), *otherwise)
+    return Template(step.name, "gemm", (x.name, w.name), (y.name,), attrs, (), (), Numerics(fp_contract=True), step.origins)
