@@ -7,6 +7,7 @@ and the walk is near linear.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable
 
 from flagtree.ir.deps import dependences
@@ -35,22 +36,28 @@ class FusionWalk:
         self.before: dict[int, set[int]] = {k: set(graph.predecessors(k)) for k in self.steps}
         self.after: dict[int, set[int]] = {k: set(graph.successors(k)) for k in self.steps}
         self.place: dict[int, int] = {k: k for k in self.steps}
-        self.readers: dict[str, set[int]] = {}
-        for k, step in self.steps.items():
-            for name in step.reads:
-                self.readers.setdefault(program.root(name), set()).add(k)
+        self.reads: dict[int, tuple[str, ...]] = {}
+        self.writes: dict[int, tuple[str, ...]] = {}
+        self.readers: dict[str, list[tuple[int, int]]] = {}  # of a root: (place, step), in order of place
+        for k in self.steps:
+            self._note(k)
         self.escaping = {program.root(n) for n in program.outputs} | {b.name for b in program.buffers if b.role != "temp"}
 
     # -- what a merge may drop -----------------------------------------------------------------------------------------
     def kept(self, a: int, b: int) -> frozenset[str]:
         """Buffers that `a` hands to `b` and that something else needs too."""
-        step = self.steps[a]
-        flowing = [n for n in step.writes if n in self.steps[b].reads]
-        return frozenset(n for n in flowing if n in self.escaping or self._readers_after(a, n) - {b})
+        flowing = frozenset(self.reads[b]).intersection(self.writes[a])
+        return frozenset(n for n in flowing if n in self.escaping or self._read_by_another(a, b, n))
 
-    def _readers_after(self, a: int, name: str) -> set[int]:
-        """Steps behind `a` that read the buffer; those before it read what another step wrote."""
-        return {k for k in self.readers.get(name, ()) if self.place[k] > self.place[a]}
+    def _read_by_another(self, a: int, b: int, name: str) -> bool:
+        """Does a step behind `a` other than `b` read the buffer?  Those before it read what another step wrote."""
+        last = self.readers.get(name, ())[-2:]  # the two that stand last decide
+        return any(place > self.place[a] and k != b for place, k in last)
+
+    def _readers_after(self, a: int, name: str) -> list[int]:
+        """Steps behind `a` that read the buffer, in order."""
+        readers = self.readers.get(name, [])
+        return [k for _, k in readers[bisect.bisect_right(readers, (self.place[a], a)) :]]
 
     def _place(self, a: int, b: int) -> int | None:
         """A place where the joined kernel may stand: the consumer's, or the producer's."""
@@ -97,11 +104,10 @@ class FusionWalk:
         return legal, place
 
     def _join(self, a: int, b: int, joined: Kernel, place: int) -> None:
-        self._forget_reads(a)
-        self._forget_reads(b)
-        self.steps[b] = joined
-        self._note_reads(b)
-        self.place[b] = place
+        self._forget(a)
+        self._forget(b)
+        self.steps[b], self.place[b] = joined, place
+        self._note(b)
         for x in self.before.pop(a):
             self.after[x].discard(a)
             if x != b:
@@ -114,25 +120,31 @@ class FusionWalk:
                 self.after[b].add(x)
         del self.steps[a]
 
-    def _forget_reads(self, k: int) -> None:
-        for name in self.steps[k].reads:
-            self.readers[self.program.root(name)].discard(k)
+    def _forget(self, k: int) -> None:
+        for root in {self.program.root(n) for n in self.reads.pop(k)}:
+            readers = self.readers[root]
+            del readers[bisect.bisect_left(readers, (self.place[k], k))]
+        del self.writes[k]
 
-    def _note_reads(self, k: int) -> None:
-        for name in self.steps[k].reads:
-            self.readers.setdefault(self.program.root(name), set()).add(k)
+    def _note(self, k: int) -> None:
+        self.reads[k], self.writes[k] = self.steps[k].reads, self.steps[k].writes
+        for root in {self.program.root(n) for n in self.reads[k]}:
+            bisect.insort(self.readers.setdefault(root, []), (self.place[k], k))
 
     # -- copying a cheap producer into every reader ----------------------------------------------------------------------
     def copy_cheap(self, a: int) -> None:
         """A cast or a negation read by several kernels is recomputed by each: it reads no more than it wrote."""
         producer = self.steps[a]
         assert isinstance(producer, Kernel)
-        readers = {k for n in producer.writes for k in self._readers_after(a, n)}
+        readers = {k for n in self.writes[a] for k in self._readers_after(a, n)}
         if len(readers) < 2 or not self._is_cheap(producer):
             return
+        read, written = ({self.program.root(n) for n in names} for names in (self.reads[a], self.writes[a]))
+        writers = [(x, self._roots_written(x)) for x in sorted(self.after[a])]  # the next ones: few, however many steps read
+        writers = [(x, roots) for x, roots in writers if not roots.isdisjoint(read | written)]
         for b in sorted(readers, key=self.place.__getitem__):
-            consumer = self.steps[b]
-            if not isinstance(consumer, Kernel) or any(self._writes_between(n, a, b) for n in (*producer.reads, *producer.writes)):
+            consumer, others = self.steps[b], [(x, roots) for x, roots in writers if x != b]
+            if not isinstance(consumer, Kernel) or any(self.place[x] < self.place[b] for x, _ in others):
                 continue
             legal = can_merge(self.program, producer, consumer, frozenset())
             if isinstance(legal, Refused) or moved_reduction(producer, consumer, legal):
@@ -140,34 +152,29 @@ class FusionWalk:
             joined = canonical_kernel(self.program, merge(producer, consumer, legal, frozenset(legal.flowing)))
             if unproved(self.program, joined) is not None or not self.fuel.take():
                 continue
-            self._forget_reads(b)
+            self._forget(b)
             self.steps[b] = joined
-            self._note_reads(b)
+            self._note(b)
             self.before[b] |= self.before[a]
             for x in self.before[a]:
                 self.after[x].add(b)
-            self._keep_before_writers(a, b)
+            for x, roots in others:  # `b` reads what `a` reads now, so it stands before whoever writes that next
+                if not roots.isdisjoint(read):
+                    self.after[b].add(x)
+                    self.before[x].add(b)
             self.report.rewrites += 1
 
-    def _keep_before_writers(self, a: int, b: int) -> None:
-        """`b` reads what `a` reads now, so it stands before whoever writes that next."""
-        read = set(map(self.program.root, self.steps[a].reads))
-        for x in self.after[a] - {b}:
-            if self.place[x] > self.place[b] and not read.isdisjoint(map(self.program.root, self.steps[x].writes)):
-                self.after[b].add(x)
-                self.before[x].add(b)
-
-    def _writes_between(self, name: str, a: int, b: int) -> bool:
-        root = self.program.root(name)
-        return any(self.place[x] < self.place[b] and root in map(self.program.root, self.steps[x].writes) for x in self.after[a] if x != b)
+    def _roots_written(self, k: int) -> frozenset[str]:
+        return frozenset(map(self.program.root, self.writes[k]))
 
     def _is_cheap(self, kernel: Kernel) -> bool:
-        if has_reduction(kernel) or len(kernel.writes) != 1 or kernel.writes[0] in self.escaping or len(kernel.reads) > 1:
+        writes, reads = kernel.writes, kernel.reads
+        if has_reduction(kernel) or len(writes) != 1 or writes[0] in self.escaping or len(reads) > 1:
             return False
-        if kernel.writes[0] in kernel.reads:
+        if writes[0] in reads:
             return False  # in place: a copy would change the value again
         read = sum(DTYPES[op.dtype].bits for op in kernel.loads)  # a narrowing is stored once rather than read wide by each
-        written = DTYPES[self.program.buffer(kernel.writes[0]).dtype].bits
+        written = DTYPES[self.program.buffer(writes[0]).dtype].bits
         return len(kernel.body) <= 8 and read <= written and not any(getattr(op, "op", "") in EXPENSIVE for op in kernel.body)
 
     # -- the walk ------------------------------------------------------------------------------------------------------
@@ -188,10 +195,10 @@ class FusionWalk:
         changed = True
         while changed:
             changed = False
-            reads = set(self.steps[b].reads)
+            reads = set(self.reads[b])
             for a in sorted(self.before[b], key=self.place.__getitem__, reverse=True):
                 producer, consumer = self.steps[a], self.steps[b]
-                if not isinstance(producer, Kernel) or reads.isdisjoint(producer.writes):
+                if not isinstance(producer, Kernel) or reads.isdisjoint(self.writes[a]):
                     continue
                 assert isinstance(consumer, Kernel)
                 if wanted(producer, consumer) and self.try_merge(a, b):
