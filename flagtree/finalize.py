@@ -218,14 +218,13 @@ def _nothing_raised(failures: Mapping[str, FlagtreeError]) -> FlagtreeError:
 # -- writing ---------------------------------------------------------------------------------------------------------
 def _write(bundle: Bundle, place: Path, made: Mapping[str, BuiltKernel], tool: Tool) -> str:
     """Put the new bundle at `place`; its digest.  BundleError when the bundle that it should replace is another one by now."""
-    certificate = bundle.certificate()
-    evidence = None
-    if certificate is not None:
-        evidence = carried_evidence(certificate.evidence, made, tool.version, tool.made_from, bundle.digest)
     if place == bundle.path and (now := open_bundle(place).digest) != bundle.digest:
         why = f"its digest was {bundle.digest} and is {now}"
         raise BundleError("the bundle was changed while it was finalized", where=str(place), why=why,
                           hint="run the command again; what was finished is kept")  # fmt: skip
+    certificate, evidence = bundle.certificate(), None
+    if certificate is not None:
+        evidence = carried_evidence(certificate.evidence, made, tool.version, tool.made_from, bundle.digest)
     return write_again(
         bundle, place, list(made.values()), coverage=carried_coverage(bundle.manifest.coverage, made),
         versions={**bundle.manifest.versions, f"finalize.{tool.route}": tool.version}, certificate=evidence,

@@ -46,7 +46,7 @@ def check(data: bytes, kind: str, function: str, where: str) -> dict[str, int]:
         if function not in _defined(sections):
             raise ValueError(f"it does not define {function}")
         return _told(sections, function) if kind == "cubin" else {}
-    except (ValueError, IndexError, struct.error) as error:
+    except (ValueError, IndexError, OverflowError, struct.error) as error:
         why = f"{error}; {len(data)} bytes, beginning with {data[:8].hex(' ') or 'nothing'}"
         hint = "the bundle is as it was; run the tool by hand on the bundle's own files to see what it says"
         raise ToolchainError(f"the toolchain's result is no {kind} with this kernel", where=where, why=why, hint=hint) from None

@@ -85,13 +85,16 @@ def _ask(python: str, request: Mapping[str, object], folder: Path, seconds: floa
     if not isinstance(found, dict):
         raise _nonsense(where, f"its answer is a {type(found).__name__}")
     if "error" in found:
-        raise ToolchainError("that Triton does not compile this kernel", where=where, why=str(found["error"])[-KEPT_WORDS:])
+        what = "that Triton does not compile this kernel" if request["do"] == "build" else "the Triton of that Python cannot be used"
+        raise ToolchainError(what, where=where, why=str(found["error"])[-KEPT_WORDS:], hint=_HINT)
     return found
 
 
+_HINT = "`PYTHON -c 'import triton'` shows whether it is there; another may be named with --python"
+
+
 def _nonsense(where: str, why: str) -> ToolchainError:
-    hint = "is it the Python of a Triton?  `PYTHON -c 'import triton'` says more"
-    return ToolchainError("the other Python gave no usable answer", where=where, why=why, hint=hint)
+    return ToolchainError("the other Python gave no usable answer", where=where, why=why, hint=_HINT)
 
 
 def _told(work: Work, answer: Mapping[str, Any], files: Mapping[str, bytes], stages: Sequence[str]) -> dict[str, dict[str, int]]:

@@ -47,9 +47,9 @@ class Ptxas:
                 architecture = re.search(r"^\.target (sm_\w+)", work.files[f"{variant}.ptx"].decode("utf-8", "replace"), re.MULTILINE)
                 if architecture is None:
                     raise BundleError("a kernel's PTX names no architecture", where=where, hint="compile the model again")
-                fusion = [] if work.launch["fp_fusion"] else ["--fmad=false"]
+                # Triton 3.9 asks for this register allocation around a bug of ptxas 13; 12.4 takes it too
+                options = [*([] if work.launch["fp_fusion"] else ["--fmad=false"]), "--regAllocOptLevel=2", f"--gpu-name={architecture[1]}"]
                 out = folder / f"{variant}.cubin"
-                run([str(self.program), *fusion, f"--gpu-name={architecture[1]}", str(folder / f"{variant}.ptx"), "-o", str(out)],
-                    folder, self.seconds, where)  # fmt: skip
+                run([str(self.program), *options, str(folder / f"{variant}.ptx"), "-o", str(out)], folder, self.seconds, where)
                 files[f"{variant}.cubin"] = result_of(out, where)
         return finished(work, files, "cubin", {variant: {} for variant in work.launch["variants"]}, self.target)

@@ -24,14 +24,16 @@ def describe(request: dict[str, Any]) -> dict[str, object]:
     from triton.backends import backends
     from triton.backends.compiler import GPUTarget
 
+    able = [name for name, backend in backends.items() if backend.compiler.supports_target(GPUTarget(*request["gpu"]))]
+    found = {"triton": triton.__version__, "python": platform.python_version(), "backends": sorted(backends), "able": able}
+    if not able:
+        return {**found, "fingerprint": ""}
     root = Path(triton.__file__).resolve().parent
     parts = sorted(p for folder in ("_C", "backends", "compiler") for p in (root / folder).rglob("*") if p.suffix in (".so", ".py", ".bc"))
     digest = hashlib.sha256()
     for part in parts:
         digest.update(str(part.relative_to(root)).encode() + b"\0" + part.read_bytes())
-    able = [name for name, backend in backends.items() if backend.compiler.supports_target(GPUTarget(*request["gpu"]))]
-    return {"triton": triton.__version__, "python": platform.python_version(), "backends": sorted(backends), "able": able,
-            "fingerprint": digest.hexdigest()}
+    return {**found, "fingerprint": digest.hexdigest()}
 
 
 def build(request: dict[str, Any]) -> dict[str, object]:
@@ -91,7 +93,7 @@ def count_arguments(llir: str, function: str) -> int:
     if start is None:
         return -1
     depth, count, empty = 1, 0, True
-    for sign in start[start.index(f"@{function}(") + len(function) + 1 :]:
+    for sign in start[start.index(f"@{function}(") + len(function) + 2 :]:
         if sign in "([{<":
             depth += 1
         elif sign in ")]}>":
