@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -15,20 +16,31 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import flagtree
 from flagtree import finalize as module
 from flagtree.artifact.bundle import Bundle, open_bundle, write_bundle
 from flagtree.artifact.trust import record_built
 from flagtree.check.report import PartReport
+from flagtree.codegen.launch import launch_list
 from flagtree.errors import BundleError, StoreError, ToolchainError, UntrustedBundle
 from flagtree.finalize import FinalizeReport, finalize
+from flagtree.ir.canonical import digest as digest_of
+from flagtree.ir.canonical import isolate
+from flagtree.ir.parse import parse_program
+from flagtree.ir.program import Kernel
+from flagtree.runtime import gpu
 from flagtree.settings import settings
 from flagtree.targets import find_target, stock_triton
 from flagtree.toolchain.base import BuiltKernel
 from flagtree.toolchain.device_binary import _elf
+from flagtree.toolchain.emulator import execute_built
 from flagtree.toolchain.mxcc import Mxcc
 from tests.cli.reports import report as written_report
-from tests.codegen.triton_kernels import SM90, keyed
+from tests.codegen.triton_kernels import SM90, buffers, keyed
+from tests.runtime.stand_in import Recording, compile_launcher
+from tests.runtime.stand_in import StandIn as Device
 from tests.scheduled import build_maca, build_triton
 from tests.toolchain.vendor_sdk import StandIn, make_sdk, make_triton
 
@@ -204,7 +216,8 @@ def test_the_vendors_triton_is_asked_for_what_was_built(build: Build, tmp_path: 
         new: Any = after.manifest.kernels[digest].launch
         for name, variant in new["variants"].items():
             nulls = 7 - len(launch["signature"])
-            assert variant == {**launch["variants"][name], "file": f"{name}.mcfatbin", "shared": 96, "null_pointers": nulls}
+            was = launch["variants"][name]
+            assert variant == {**was, "file": f"{name}.mcfatbin", "shared": 96, "null_pointers": nulls, "llir_shared": was["shared"]}
         assert new["shared"] == 96
     certificate = after.certificate()
     assert certificate is not None
@@ -274,6 +287,66 @@ def test_a_python_that_is_none_or_has_no_such_triton(build: Build, tmp_path: Pat
             finalize(path, python=str(python))
         assert said in str(caught.value) and caught.value.hint
     assert snapshot(path) == before
+
+
+def test_the_llvm_ir_of_a_finalized_kernel_still_runs_in_the_emulator(build: Build, triton: StandIn, kernels: dict[str, Any]) -> None:
+    """Its shared memory is not the binary's: 0 bytes would stop the exchange between the warps of this reduction."""
+    path = build()
+    triton.behave(every={"shared": 0})
+    finalize(path, python=triton.python)
+    bundle = open_bundle(path)
+    digest, program = keyed("softmax")
+    kernel = bundle.manifest.kernels[digest]
+    files = {name: bundle.read(f"kernels/{digest[:16]}/{name}") for name in kernel.files}
+    again = BuiltKernel(digest, kernel.tier, kernel.missing, files, kernel.launch, kernel.facts)
+    (first,) = (k for k in kernels["metax"] if k.digest == digest)
+    assert again.launch["shared"] == 0 and first.launch["shared"]
+    symbols = {s.name: max(s.lo, 2) for s in program.symbols}
+    found = []
+    for built in (first, again):
+        tensors = buffers(program, symbols, 1)
+        execute_built(built, "generic", tensors, list(symbols.values()), orders=("forward",))
+        found.append(tensors)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+TWICE = """
+program twice
+  symbol s0 in 1..64 from dim x 0
+  buffer x: f32[s0, 8] input
+  buffer y: f32[s0, 8] temp
+  kernel k {i0 < s0, i1 < 8} numerics(eager, contract=off, acc=f32)
+    v0: f32 = load x[i0, i1]
+    v1: f32 = add v0, v0
+    store y[i0, i1] = v1
+  outputs y
+"""
+
+
+def test_what_was_finalized_is_loaded_and_launched(triton: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused before, launched after: over a recording driver, with the binary and the number of null pointers that the tool told."""
+    program = parse_program(TWICE)
+    (kernel,) = program.steps
+    assert isinstance(kernel, Kernel)
+    alone = isolate(program, kernel)
+    key = digest_of(alone.program)
+    (built,) = build_maca([(key, alone.program)], find_target("metax"))
+    path = tmp_path / "twice"
+    record_built(write_bundle(path, name="t", target="metax", parts={"step": launch_list(program, {"k": (alone, key)})}, kernels=[built]))
+    with pytest.raises(BundleError, match="flagtree finalize"):
+        flagtree.load(path)
+    names = len(built.launch["signature"])  # type: ignore[arg-type]
+    triton.behave(every={"arguments": names + 3})
+    finalize(path, python=triton.python)
+    recording = Recording("metax", tmp_path)
+    recording.describe(f"ft_{key[:16]}", "p" * (names - 1) + "innn")
+    device = Device(recording.driver, "compiled", compile_launcher(tmp_path))
+    monkeypatch.setattr(gpu, "find_device", lambda name, tensors=None: device)
+    step = flagtree.load(path).parts["step"].bind({})
+    x = torch.ones(5, 8)
+    y = step({"x": x})["y"]
+    (launch,) = recording.lines("launch")
+    assert f"ptr:{x.data_ptr():x}" in launch and f"ptr:{y.data_ptr():x}" in launch and "i32:5 null null null" in launch
 
 
 # -- toolchains that fail --------------------------------------------------------------------------------------------
@@ -362,15 +435,27 @@ def test_a_bundle_in_the_store_is_not_changed_in_its_place(build: Build, sdk: St
         with_sdk(sdk, path, trust=open_bundle(path).digest)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_place_that_cannot_be_written(build: Build, sdk: StandIn, tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written_costs_no_work(build: Build, sdk: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     path = build()
-    tmp_path.chmod(0o500)
-    try:
-        with pytest.raises(StoreError):
-            with_sdk(sdk, path)
-    finally:
-        tmp_path.chmod(0o700)
+    before, mkdir = snapshot(path), Path.mkdir
+
+    def refuse(folder: Path, *arguments: Any, **options: Any) -> None:
+        if folder.name.endswith(".building"):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(folder))
+        mkdir(folder, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(StoreError, match="--out names another place"):
+        with_sdk(sdk, path)
+    assert snapshot(path) == before and not sdk.calls()
+
+
+def test_a_store_that_cannot_be_written_vouches_for_nothing(build: Build, sdk: StandIn, tmp_path: Path) -> None:
+    path = build(trusted=False, coverage={"note": "read-only store"})
+    (tmp_path / "file").write_text("")
+    with settings.override(cache_dir=tmp_path / "file"):
+        report = with_sdk(sdk, path, trust=open_bundle(path).digest)
+    assert not report.trusted and not report.failed and open_bundle(path).digest == report.digest
 
 
 def test_a_place_that_is_something_else_costs_no_work(build: Build, sdk: StandIn, tmp_path: Path) -> None:

@@ -266,7 +266,7 @@ def execute_built(
     if not all(grid):
         return []
     _check_promises(launch, variant, arguments)
-    shared = launch["variants"][variant]["shared"]
+    shared = _shared(launch, variant)
     runs: list[Run] = []
     first: list[bytes] = []
     for order in orders:
@@ -293,7 +293,7 @@ def execute_in(
     launch: Mapping[str, Any] = built.launch
     arguments: list[Argument] = [*memory.tensors, *symbols]
     _check_promises(launch, variant, arguments)
-    shared = launch["variants"][variant]["shared"]
+    shared = _shared(launch, variant)
     return _variant(built, variant).run_in(memory, blocks, launch["warps"], arguments, order, shared, seconds)
 
 
@@ -311,6 +311,12 @@ def _variant(built: BuiltKernel, variant: str) -> Emulated:
         )
     launch: Mapping[str, Any] = built.launch
     return load(text.decode(), launch["function"], [kind for _, kind in launch["signature"]])
+
+
+def _shared(launch: Mapping[str, Any], variant: str) -> int:
+    """Shared bytes of the LLVM IR.  `shared` of a finalized kernel is its binary's, whose compiler may lay them out in another way."""
+    record = launch["variants"][variant]
+    return int(record.get("llir_shared", record["shared"]))
 
 
 def _check_promises(launch: Mapping[str, Any], variant: str, arguments: Sequence[Argument]) -> None:

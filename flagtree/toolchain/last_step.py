@@ -144,6 +144,8 @@ def finished(work: Work, files: Mapping[str, bytes], binary: str, told: Mapping[
         check_variant(limits, len(work.launch["signature"]), target, where)
         nulls = new["arguments"] - len(work.launch["signature"]) if "arguments" in new else old["null_pointers"]
         variants[name] = {**old, "file": f"{name}.{binary}", "shared": shared, "null_pointers": nulls}
+        if f"{name}.llir" in work.files and shared != old["shared"]:
+            variants[name].setdefault("llir_shared", old["shared"])  # the emulator goes on executing the LLVM IR
         kept = {k: v for k, v in new.items() if k in ("registers", "scalar_registers", "spills")}
         facts[name] = {**facts.get(name, {}), **kept, "shared": shared}
     return Finished(files, {**work.launch, "variants": variants, "shared": max(v["shared"] for v in variants.values())}, facts)
