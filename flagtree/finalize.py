@@ -91,7 +91,7 @@ def finalize(
     below = [d for d, k in bundle.manifest.kernels.items() if k.tier != LAST]
     chosen = below or (list(bundle.manifest.kernels) if python or ptxas else [])
     if not chosen:
-        return _as_it_is(bundle, path if out is None else _place(path, out), started)
+        return _as_it_is(bundle, path.resolve() if out is None else _place(path, out), started)
     place = _place(path, out)
     _check_trust(bundle, trust)
     check_place(place)
@@ -113,12 +113,12 @@ def _since(started: float) -> float:
 
 
 def _place(path: Path, out: Path | None) -> Path:
-    if out is not None:
-        return out if out.suffix == SUFFIX else out / path.resolve().name
-    if path.resolve().is_relative_to(settings.cache_dir.resolve()):
+    """Where the result goes, links followed.  BundleError for a place inside the store."""
+    place = path if out is None else out if out.suffix == SUFFIX else out / path.resolve().name
+    if place.resolve().is_relative_to(settings.cache_dir.resolve()):
         why = "`flagtree compile` keeps it there under the key of what built it"
-        raise BundleError("a bundle in the store is not changed in its place", where=str(path), why=why, hint="name a folder with --out")
-    return path
+        raise BundleError("a bundle in the store is not changed in its place", where=str(place), why=why, hint="name a folder with --out")
+    return place.resolve()
 
 
 def _check_trust(bundle: Bundle, trust: str | None) -> None:
@@ -133,7 +133,7 @@ def _check_trust(bundle: Bundle, trust: str | None) -> None:
 
 
 def _as_it_is(bundle: Bundle, place: Path, started: float) -> FinalizeReport:
-    if place != bundle.path:
+    if place != bundle.path.resolve():
         copy_bundle(bundle.path, place)
     rows = tuple(_row(bundle, d, {}, {}) for d in sorted(bundle.manifest.kernels))
     trusted = is_built_here(bundle.digest)
@@ -218,7 +218,7 @@ def _nothing_raised(failures: Mapping[str, FlagtreeError]) -> FlagtreeError:
 # -- writing ---------------------------------------------------------------------------------------------------------
 def _write(bundle: Bundle, place: Path, made: Mapping[str, BuiltKernel], tool: Tool) -> str:
     """Put the new bundle at `place`; its digest.  BundleError when the bundle that it should replace is another one by now."""
-    if place == bundle.path and (now := open_bundle(place).digest) != bundle.digest:
+    if place == bundle.path.resolve() and (now := open_bundle(place).digest) != bundle.digest:
         why = f"its digest was {bundle.digest} and is {now}"
         raise BundleError("the bundle was changed while it was finalized", where=str(place), why=why,
                           hint="run the command again; what was finished is kept")  # fmt: skip

@@ -401,6 +401,9 @@ def test_out_and_one_file(build: Build, sdk: StandIn, tmp_path: Path) -> None:
     assert open_bundle(tmp_path / "done.ftb").digest == file.digest == report.digest
     again = with_sdk(sdk, tmp_path / "done.ftb")
     assert not again.tool and again.digest == file.digest
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    assert with_sdk(sdk, link).path == str(path) and link.is_symlink() and open_bundle(path).digest == report.digest
 
 
 def test_a_bundle_that_nobody_vouches_for_is_not_finalized(build: Build, sdk: StandIn) -> None:
@@ -516,7 +519,10 @@ def test_an_interrupted_run_loses_nothing(build: Build, sdk: StandIn, repository
     assert running.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL), said
     assert snapshot(path) == before
     sdk.behave()
-    sdk.calls()
+    if number == signal.SIGKILL:  # nobody can end the children of a process that is killed like this
+        os.kill(sdk.calls()[-1]["process"], signal.SIGKILL)
+    else:
+        assert not Path(f"/proc/{sdk.calls()[-1]['process']}").exists()
     report = with_sdk(sdk, path)
     assert not report.failed
     assert {c["function"] for c in sdk.calls()} == {slow}, f"{quick} was finished before the signal"

@@ -45,7 +45,7 @@ def offload_bundle(*entries: tuple[str, bytes]) -> bytes:
 
 
 _COMPILER = """#!{python}
-import hashlib, json, re, sys, time
+import hashlib, json, os, re, sys, time
 from pathlib import Path
 sys.path.insert(0, {here!r})
 from vendor_sdk import elf
@@ -60,7 +60,7 @@ text = source.read_text()
 function = re.search(r"define metaxgpu_kernel void @(\\w+)", text)[1]
 behaviour = json.loads((sdk / "behave.json").read_text())
 with open(sdk / "record", "a") as record:
-    record.write(json.dumps({{"tool": Path(sys.argv[0]).name, "arguments": arguments, "function": function,
+    record.write(json.dumps({{"tool": Path(sys.argv[0]).name, "process": os.getpid(), "arguments": arguments, "function": function,
                               "input": hashlib.sha256(source.read_bytes()).hexdigest()}}) + "\\n")
 how = behaviour.get(function, behaviour.get("*", ""))
 if how == "fail":
