@@ -41,12 +41,13 @@ def part_report(
     formals = {f for s in program.steps if isinstance(s, Repeat) for f, _ in s.bindings}
     weights -= sum(program.buffer(f).role == "weight" for f in formals)
     repeat = next((s for s in program.steps if isinstance(s, Repeat)), None)
+    kernels = tuple(_kernel_rows(part, program, traffic, digests, built, node_bytes))
     return PartReport(
         name=part,
         target=target,
-        kernels=tuple(_kernel_rows(part, program, traffic, digests, built, node_bytes)),
+        kernels=kernels,
         externs=tuple(_extern_rows(part, program, traffic)),
-        launches_total=sum(s.launches for s in traffic.steps if s.kind != "extern"),
+        launches_total=sum(row.launches for row in kernels),
         weights=weights,
         launches_per_layer=len(repeat.body) if repeat else None,
         bytes_before_per_layer=layer_bytes if repeat else None,
@@ -69,23 +70,29 @@ def _kernel_rows(
     built: Mapping[str, Built],
     node_bytes: Mapping[str, int],
 ) -> Iterator[KernelRow]:
-    """One row a digest; a call that two kernels recompute counts before fusion where it stands first."""
+    """One row a digest; a call that two kernels recompute counts before fusion where it stands first.  A template that may be a call
+    counts as one, here with no launch."""
     moved = {s.name: s for s in traffic.steps}
-    rows: dict[str, KernelRow] = {}
+    rows: dict[tuple[str, int], KernelRow] = {}
     # what stays a call keeps its bytes, also where a kernel took over a part of it (the cache write of attention)
-    claimed = {o.node for s in _steps(program.steps) if isinstance(s, Extern) for o in s.origins}
+    calls = (s for s in _steps(program.steps) if isinstance(s, Extern | Template))
+    claimed = {o.node for s in calls if isinstance(s, Extern) or is_call(s) for o in s.origins}
     for step in _steps(program.steps):
         if not isinstance(step, Kernel | Template):
             continue
         nodes = {o.node for o in step.origins} - claimed
         claimed |= nodes
         before, after = sum(node_bytes.get(n, 0) for n in nodes), moved[step.name]
-        digest, launches = digests[step.name], after.launches
-        known = rows.get(digest)
+        digest, launches, size = digests[step.name], after.launches, after.bytes // after.launches
+        if isinstance(step, Template):  # one kernel serves products of several sizes: a row a size
+            before = size = 0 if is_call(step) else size
+            launches = 0 if is_call(step) else launches
+        key = digest, size if isinstance(step, Template) else 0
+        known = rows.get(key)
         if known is not None:
             launches, before = known.launches + launches, max(before, known.bytes_before)
         told = built[digest]
-        rows[digest] = KernelRow(
+        rows[key] = KernelRow(
             name=known.name if known else label(step),
             digest=digest,
             part=part,
@@ -94,12 +101,17 @@ def _kernel_rows(
             tier=told.tier,
             missing=told.missing,
             bytes_before=before,
-            bytes_after=after.bytes // after.launches,
+            bytes_after=size,
             registers=fact(told.facts, "registers"),
             spills=fact(told.facts, "spills"),
             shared=fact(told.facts, "shared"),
         )
     yield from rows.values()
+
+
+def is_call(step: Step) -> bool:
+    """A template whose rows may be more than its kernel takes."""
+    return isinstance(step, Template) and OTHERWISE in dict(step.attrs)
 
 
 def label(kernel: Kernel | Template) -> str:
@@ -114,8 +126,8 @@ def _extern_rows(part: str, program: Program, traffic: ProgramTraffic) -> Iterat
     for step in _steps(program.steps):
         if isinstance(step, Extern):
             key = step.callee, step.reason
-        elif isinstance(step, Template) and (callee := dict(step.attrs).get(OTHERWISE)) is not None:
-            key = str(callee), above_reason(step)
+        elif isinstance(step, Template) and is_call(step):
+            key = str(dict(step.attrs)[OTHERWISE]), above_reason(step)
         else:
             continue
         count, total = rows.get(key, (0, 0))

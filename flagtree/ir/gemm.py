@@ -12,8 +12,8 @@ from flagtree.ir.index import Index, contiguous_strides
 from flagtree.ir.parse import parse_program
 from flagtree.ir.program import Buffer, Program, Template
 
-COLUMNS, DEPTH = 16, 64  # least sizes: smaller products stay with the platform's library
-_LARGEST = 1 << 31
+COLUMNS, DEPTH = (16, 1 << 20), (64, 1 << 18)  # least and most: other products stay with the platform's library
+_FURTHEST = 1 << 31  # elements from row to row of x
 PRODUCT = "aten.linear.default"  # what it computes
 ROWS_AT_MOST = "rows_at_most"  # attribute: the rows up to which the kernel is used
 OTHERWISE = "otherwise"  # attribute: the operator that takes more rows, where there can be more
@@ -21,9 +21,9 @@ OTHERWISE = "otherwise"  # attribute: the operator that takes more rows, where t
 _TEXT = """
 program isolated
   symbol n0 in 0..{rows} from argument
-  symbol n1 in {columns}..{largest} from argument
-  symbol n2 in {depth}..{largest} from argument
-  symbol n3 in {depth}..{largest} from argument
+  symbol n1 in {columns[0]}..{columns[1]} from argument
+  symbol n2 in {depth[0]}..{depth[1]} from argument
+  symbol n3 in {depth[0]}..{furthest} from argument
   buffer b0: {dtype}[n0, n2] input strides(n3, 1)
   buffer b1: {dtype}[n1, n2] input
   buffer b2: {dtype}[n0, n1] temp
@@ -44,7 +44,7 @@ _HALF = (
 def product(dtype: str, rows: int) -> Program:
     """The isolated kernel for up to `rows` rows: b0 = x, b1 = w, b2 = y; n0 rows, n1 columns, n2 depth, n3 elements between rows of x."""
     body = "\n".join(f"    {line.format(dtype)}" for line in (_PLAIN if dtype == "f32" else _HALF))
-    return parse_program(_TEXT.format(rows=rows, columns=COLUMNS, depth=DEPTH, largest=_LARGEST, dtype=dtype, body=body))
+    return parse_program(_TEXT.format(rows=rows, columns=COLUMNS, depth=DEPTH, furthest=_FURTHEST, dtype=dtype, body=body))
 
 
 def above_reason(template: Template) -> str:

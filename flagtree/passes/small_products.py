@@ -59,8 +59,10 @@ def _template(program: Program, step: Extern, target: Target, bounds: Bounds) ->
     if limit is None or not x.dtype == w.dtype == y.dtype:
         return f"no product of {x.dtype} rows of our own"
     columns, depth = (n.constant for n in w.shape) if len(w.shape) == 2 else (None, None)
-    if columns is None or depth is None or not w.is_contiguous or columns < gemm.COLUMNS or depth < gemm.DEPTH:
-        return "the weight is no row-major matrix of known sizes, or a small one"
+    if columns is None or depth is None or not w.is_contiguous:
+        return "the weight is no row-major matrix of known sizes"
+    if not gemm.COLUMNS[0] <= columns <= gemm.COLUMNS[1] or not gemm.DEPTH[0] <= depth <= gemm.DEPTH[1]:
+        return f"{columns} columns of {depth}"
     if gemm.row_stride(x) is None or not y.is_contiguous or y.role != "temp" or y.alias_of is not None:
         return "the rows do not lie evenly"
     rows = gemm.rows_of(x)

@@ -127,10 +127,11 @@ def test_the_weights_are_those_of_the_checkpoint(small: Served) -> None:
 
 
 def test_the_calls_that_are_left_are_listed(small: Served) -> None:
-    """Matrix products (7 a layer and the head), attention, the rows of the embedding and of the last tokens; nothing else."""
+    """Matrix products of many rows (7 a layer in prefill), attention, the rows of the embedding and of the last tokens; nothing else.
+    The head and the products of decode have as many rows as the batch, at most 4 here: kernels of our own."""
     left = {part: {callee: count for callee, count, _ in rows} for part, rows in small.told["externs"].items()}
-    both = {"aten.linear.default": 7 * 36 + 1, "flagtree.attend.default": 36, "aten.embedding.default": 1}
-    assert left == {"prefill": {**both, "aten.index.Tensor": 1}, "decode": both}
+    both = {"flagtree.attend.default": 36, "aten.embedding.default": 1}
+    assert left == {"prefill": {**both, "aten.linear.default": 7 * 36, "aten.index.Tensor": 1}, "decode": both}
     assert all(reason for rows in small.told["externs"].values() for _, _, reason in rows)
 
 
