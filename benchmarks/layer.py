@@ -1,21 +1,17 @@
 """Run time of one Qwen3 decoder layer on the CPU: flagtree beside eager and Inductor, in one process a case.
 
-    python benchmarks/layer.py [--repeats 9] [--only bf16-1024-decode] [--steps] [--out benchmarks/results/layer.md]
+    python benchmarks/layer.py [--repeats 7] [--only bf16-1024-decode] [--steps] [--out benchmarks/results/layer.md]
 
 What a user runs: transformers' Qwen3DecoderLayer with a StaticCache under torch.compile, one thread.  Prefill fills an empty cache
-of 128 rows; decode writes row 511 of 512 and attends to all of them under the mask that transformers makes.  Thread CPU seconds, the
-three rotate from round to round, medians are reported.  `--steps` shows where flagtree's own time goes.
+of 128 rows; decode writes row 511 of 512 and attends to all of them under the mask that transformers makes.  Thread CPU seconds by
+measure.py; a copy of as many bytes as weights and cache runs among them.  `--steps` shows where flagtree's own time goes.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import math
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,11 +20,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import measure
+
 PROMPT, CONTEXT = 128, 512
 WAYS = ("eager", "inductor", "flagtree")
 TYPES = ("bf16", "fp32")
 WIDTHS = (1024, 4096)
-SHORTEST = 0.02  # seconds that one sample lasts at least: several calls where one is shorter
+SAMPLE_SECONDS = 0.02
 
 Case = tuple[str, int, str, int]  # element type, width, prefill or decode, batch
 
@@ -42,8 +40,8 @@ def label(case: Case) -> str:
 
 
 # -- one case, in its own process --------------------------------------------------------------------------------------
-def layer_call(case: Case) -> tuple[Callable[[Callable[..., Any]], Any], Any]:
-    """(a function that calls a layer once, the layer): seeded weights and inputs."""
+def layer_call(case: Case) -> tuple[Callable[[Callable[..., Any]], Any], Any, int]:
+    """(a function that calls a layer once, the layer, bytes of its weights and cache): seeded weights and inputs."""
     import torch
     import transformers
     from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RotaryEmbedding
@@ -71,17 +69,18 @@ def layer_call(case: Case) -> tuple[Callable[[Callable[..., Any]], Any], Any]:
         filled.fill_(rows - tokens)
         return run(hidden, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True, position_embeddings=rotary)
 
-    return call, layer
+    moved = sum(p.numel() * p.element_size() for p in layer.parameters()) + 2 * cache.layers[0].keys.numel() * dtype.itemsize
+    return call, layer, moved
 
 
-def measure(case: Case, repeats: int, steps: bool) -> dict[str, Any]:
-    """Median thread CPU seconds a call by way, and the largest difference from eager; with `steps`, seconds by kind of step."""
+def measured(case: Case, repeats: int, steps: bool) -> dict[str, Any]:
+    """Seconds a call by way: median, least, greatest; the largest difference from eager; with `steps`, seconds by step."""
     import torch
 
     from flagtree.runtime.compile import backend as flagtree_backend  # the registered one, also where the package is not installed
 
     torch.set_num_threads(1)
-    call, layer = layer_call(case)
+    call, layer, moved = layer_call(case)
     ways: dict[str, Callable[..., Any]] = {"eager": layer}
     with torch.no_grad():
         want = call(layer).float()
@@ -89,21 +88,11 @@ def measure(case: Case, repeats: int, steps: bool) -> dict[str, Any]:
         for way in WAYS[1:]:
             ways[way] = torch.compile(layer, backend=flagtree_backend if way == "flagtree" else way)
             errors[way] = (call(ways[way]).float() - want).abs().max().item() / want.abs().max().item()
-            call(ways[way])
-        started = time.thread_time()
-        call(layer)
-        calls = max(1, math.ceil(SHORTEST / (time.thread_time() - started)))
-        spent: dict[str, list[float]] = {way: [] for way in WAYS}
-        for k in range(repeats):
-            for way in (*WAYS[k % 3 :], *WAYS[: k % 3]):
-                started = time.thread_time()
-                for _ in range(calls):
-                    call(ways[way])
-                spent[way].append((time.thread_time() - started) / calls)
-        seconds = {way: statistics.median(values) for way, values in spent.items()}
-        found = {"seconds": seconds, "spread": {w: [min(v), max(v)] for w, v in spent.items()}, "errors": errors, "calls": calls}
+        contenders: dict[str, measure.Call] = {way: lambda run=run: call(run) for way, run in ways.items()}  # type: ignore[misc]
+        times = measure.rotated(contenders | {"copy": measure.copier(moved)}, repeats, sample=SAMPLE_SECONDS)
+        found: dict[str, Any] = {"seconds": {w: [t.median, t.low, t.high] for w, t in times.items()}, "errors": errors, "bytes": moved}
         if steps:
-            found["steps"] = step_seconds(lambda: call(ways["flagtree"]), calls * repeats)
+            found["steps"] = step_seconds(contenders["flagtree"], repeats * max(1, round(SAMPLE_SECONDS / times["flagtree"].median)))
     return found
 
 
@@ -150,55 +139,65 @@ def run_case(case: Case, repeats: int, steps: bool, home: str) -> dict[str, Any]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def table(found: dict[Case, dict[str, Any]], repeats: int) -> str:
+def report(found: dict[Case, dict[str, Any]], repeats: int) -> str:
     """Markdown: milliseconds and the ratio to Inductor, which should be at most 1.05, and 0.95 in the geometric mean."""
-    import torch
-
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
-    lines = [
-        "# One Qwen3 decoder layer on the CPU", "",
-        f"* {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC, {os.cpu_count()} cores, {platform.machine()}, {versions}",
-        f"* one thread; median thread CPU milliseconds of {repeats} rounds, eager, Inductor and flagtree in one process, order rotated",
-        f"* prefill: {PROMPT} tokens a sequence; decode: one token at context {CONTEXT}, static cache",
-        f"* load average at the end {os.getloadavg()[0]:.1f}",
-        "* difference: largest, to eager's result, as a share of its largest element", "",
-        "| type | width | phase | batch | eager | Inductor | flagtree | flagtree / Inductor | flagtree / eager | difference, Inductor |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    lines, ratios = [], []
     for case, one in found.items():
-        s, e = one["seconds"], one["errors"]
-        times = " | ".join(f"{1e3 * s[way]:.2f}" for way in WAYS)
-        ratios = f"{s['flagtree'] / s['inductor']:.2f} | {s['flagtree'] / s['eager']:.2f}"
-        lines.append(f"| {' | '.join(map(str, case))} | {times} | {ratios} | {e['flagtree']:.1e}, {e['inductor']:.1e} |")
-    ratios_of = [one["seconds"]["flagtree"] / one["seconds"]["inductor"] for one in found.values()]
-    mean = math.exp(statistics.fmean(map(math.log, ratios_of)))
-    return "\n".join([*lines, "", f"Geometric mean {mean:.3f}, largest {max(ratios_of):.2f}. Made by `python benchmarks/layer.py`.", ""])
+        s, e = {way: times[0] for way, times in one["seconds"].items()}, one["errors"]
+        ratios.append(s["flagtree"] / s["inductor"])
+        spread = f"{1e3 * one['seconds']['flagtree'][1]:.2f} to {1e3 * one['seconds']['flagtree'][2]:.2f}"
+        lines.append([*case, *(f"{1e3 * s[way]:.2f}" for way in WAYS), spread, f"{ratios[-1]:.2f}", f"{s['flagtree'] / s['eager']:.2f}",
+                      f"{1e3 * s['copy']:.2f}", f"{e['flagtree']:.1e}, {e['inductor']:.1e}"])  # fmt: skip
+    header = ("type", "width", "phase", "batch", *WAYS, "flagtree, range", "flagtree / inductor", "flagtree / eager", "copy", "difference")
+    return "\n".join([
+        "# One Qwen3 decoder layer on the CPU", "", measure.conditions(),
+        f"* one thread; median thread CPU milliseconds of {repeats} samples, all in one process, order rotated",
+        f"* prefill: {PROMPT} tokens a sequence into an empty static cache; decode: one token at context {CONTEXT}, static cache",
+        "* copy: as many bytes as weights and cache, read and written",
+        "* difference: flagtree's and Inductor's largest to eager's result, as a share of its largest element",
+        "", measure.rows(header, lines), "",
+        f"Geometric mean of flagtree / inductor {measure.ratio(ratios):.3f}, largest {max(ratios):.2f}.", "",
+        "Made by `python benchmarks/layer.py`.", "",
+    ])  # fmt: skip
+
+
+def picture(path: Path, found: dict[Case, dict[str, Any]]) -> None:
+    panels = []
+    for kind in TYPES:
+        for phase in ("prefill", "decode"):
+            mine = {c: found[c]["seconds"] for c in found if (c[0], c[2]) == (kind, phase)}
+            series = {way: [1e3 * s[way][0] for s in mine.values()] for way in WAYS}
+            labels = [f"{c[1]} wide, batch {c[3]}" for c in mine]
+            panels.append(measure.Panel(f"{kind} {phase}", labels, series, [1e3 * s["copy"][0] for s in mine.values()]))
+    measure.plot(path, "One Qwen3 decoder layer, one thread", "CPU ms", panels, "copy of weights and cache", columns=2)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--only", default="", help="cases whose label contains this, such as bf16-1024 or decode")
     parser.add_argument("--steps", action="store_true", help="where flagtree's time goes, step by step")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
+        sys.path.insert(0, str(measure.ROOT))
         case = next(c for c in cases() if label(c) == options.case)
-        print(json.dumps(measure(case, options.repeats, options.steps)))
+        print(json.dumps(measured(case, options.repeats, options.steps)))
         return
     found = {}
     with tempfile.TemporaryDirectory() as home:
         for case in (c for c in cases() if options.only in label(c)):
             found[case] = run_case(case, options.repeats, options.steps, home)
-            s = found[case]["seconds"]
+            s = {way: times[0] for way, times in found[case]["seconds"].items()}
             print(label(case), *(f"{w} {1e3 * v:.3f}" for w, v in s.items()), f"ratio {s['flagtree'] / s['inductor']:.3f}", flush=True)
             for name, seconds in found[case].get("steps", ()):
                 print(f"    {1e3 * seconds:8.3f} ms  {name}")
-    text = table(found, options.repeats)
+    text = report(found, options.repeats)
     print(text)
     if options.out:
-        options.out.write_text(text, "utf-8")
+        measure.write(options.out, text, {label(case): one for case, one in found.items()})
+        picture(options.out.with_suffix(".png"), found)
 
 
 if __name__ == "__main__":

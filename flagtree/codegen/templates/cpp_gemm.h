@@ -1,30 +1,13 @@
 // A product of a few rows with a matrix whose rows are its columns: every element of the matrix is read once and serves all rows.
 // PARTIALS partial sums of fused multiply-adds a result, joined by `tree`: the same at every level, whatever the tile.
-//@ fma
-// a * b + c, rounded once; a level without the instruction calls its emulation
-#if defined(__clang__) || NATIVE_BYTES > 16 || defined(__aarch64__)
+//@ multiply_add
+// `fused`; where that is no instruction it is called, not repeated
+#if defined(__FMA__) || defined(__aarch64__)
 INLINE
 #else
 static __attribute__((noinline))
 #endif
-f32v fma(f32v a, f32v b, f32v c) {
-#if defined(__clang__)
-  return __builtin_elementwise_fma(a, b, c);
-#elif X86_BUILTINS && NATIVE_BYTES == 64 && WIDEST_BYTES == 4
-  return __builtin_ia32_vfmaddps512_mask(a, b, c, -1, 4);
-#elif X86_BUILTINS && NATIVE_BYTES == 32 && WIDEST_BYTES == 4
-  return __builtin_ia32_vfmaddps256(a, b, c);
-#elif defined(__aarch64__)
-  return __builtin_aarch64_fmav4sf(a, b, c);
-#else
-  // exact in f64 but for the sum, which is rounded to odd; then rounding to f32 rounds the true value
-  // (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008)
-  f64v p = to_f64(a) * to_f64(b), q = to_f64(c), s = p + q, t = s - p, e = (p - (s - t)) + (q - t);
-  i64v u = (i64v)s, inexact = (e > 0) | (e < 0), grows = ~((e > 0) ^ (s > 0));
-  u += inexact & ((u & 1) - 1) & ((grows & 2) - 1);
-  return to_f32((f64v)u);
-#endif
-}
+f32v multiply_add(f32v a, f32v b, f32v c) { return fused(a, b, c); }
 //@ part_f32 part_f16 part_bf16
 // the next n elements, at most PARTIALS (bf16: twice as many), as PARTS vectors (bf16: those of even elements, then of odd ones)
 INLINE void part_f32(const f32 *p, i64 n, f32v *v) {
@@ -60,7 +43,7 @@ template <int M, int N> INLINE void multiply(const ELEMENT *a, i64 a_stride, con
 #pragma GCC unroll 8
     for (int k = 0; k < TILE_PARTS; ++k)
 #pragma GCC unroll 8
-      for (int j = 0; j < N; ++j) sums[i][j][k % PARTS] = fma(left[k], right[j][k], sums[i][j][k % PARTS]);
+      for (int j = 0; j < N; ++j) sums[i][j][k % PARTS] = multiply_add(left[k], right[j][k], sums[i][j][k % PARTS]);
   }
 }
 template <int M, int N>
