@@ -102,7 +102,8 @@ def rows(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
 def conditions() -> str:
     """Date, commit, machine, load and versions as a Markdown list."""
     model = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "?")
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "triton", "transformers")}
+    present = {d.metadata["Name"] for d in importlib.metadata.distributions()}
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "triton", "transformers") if name in present}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
     changed = subprocess.run(["git", "status", "--porcelain", "flagtree"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     load = os.getloadavg()[0]

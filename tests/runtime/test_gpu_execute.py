@@ -8,77 +8,24 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flagtree.capture import dynamo
 from flagtree.capture.dynamo import CompiledGraph
 from flagtree.ir.canonical import digest, isolate_all
-from flagtree.runtime import compile as entry
-from flagtree.runtime import gpu
 from flagtree.runtime.gpu import Device, GpuLibrary
 from flagtree.runtime.launch import Executable
-from flagtree.settings import settings
 from tests.runtime import executing
-from tests.runtime.stand_in import ROUTES, Recording, StandIn, allow_fake_cuda, compile_launcher
+from tests.runtime.fake_cuda import Captured, capture
+from tests.runtime.stand_in import ROUTES, compile_launcher
 
 
 @pytest.fixture(scope="module", params=ROUTES)
 def device(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Device:
     return executing.device(request.param, compile_launcher(tmp_path_factory.mktemp("device")))
-
-
-@dataclass(frozen=True)
-class Captured:
-    """A graph of torch.compile for fake CUDA tensors, what the recording driver saw while it was bound, and which of the tensors it takes,
-    in its order."""
-
-    graph: CompiledGraph
-    loads: list[str]
-    takes: list[int]
-
-
-def capture(function: Callable[..., Any], tensors: Sequence[torch.Tensor], folder: Path) -> list[Captured]:
-    """Through Dynamo, our backend and Triton, as a program with CUDA tensors goes; only the call of the result is left out, as fake
-    tensors have no address.  The recording driver stands for the device to which the cubins are bound."""
-    allow_fake_cuda()
-    graphs: list[Captured] = []
-    recording = Recording("cuda:sm90", folder)
-    real = dynamo.compile_graph
-
-    def keep(*args: Any) -> CompiledGraph:
-        graphs.append(Captured(real(*args), [], []))
-        return graphs[-1].graph
-
-    class NotCalled(entry.Callee):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
-            graphs[-1].loads.extend(recording.lines("load"))
-
-        def __call__(self, *args: Any) -> tuple:
-            graphs[-1].takes.extend(next(i for i, fake in enumerate(fakes) if fake is a) for a in args)
-            return self.eager(*args)
-
-    fakes: list[torch.Tensor] = []
-    stand_in = StandIn(recording.driver, "interpreted", folder)
-    with pytest.MonkeyPatch.context() as patch, settings.override(cache_dir=folder / "store"):
-        patch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="NVIDIA H100 80GB HBM3", major=9, minor=0))
-        patch.setattr(gpu, "find_device", lambda target, tensors: stand_in)
-        patch.setattr(dynamo, "compile_graph", keep)
-        patch.setattr(entry, "Callee", NotCalled)
-        torch._dynamo.reset()
-        with FakeTensorMode(), torch.no_grad():
-            fakes += [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda") for t in tensors]
-            torch.compile(function, backend=entry.backend, dynamic=False)(*fakes)
-        torch._dynamo.reset()
-    return graphs
 
 
 def emulated(graph: CompiledGraph, device: Device) -> GpuLibrary:
@@ -155,6 +102,7 @@ def captured(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
         function, make = CASES[case]
         tensors = make()
         (found,) = capture(function, tensors, tmp_path_factory.mktemp("capture"))
+        assert found.graph is not None
         assert found.loads
         assert all("ELF" in line for line in found.loads)  # cubins went to the driver, every one before a first call
         return found, tensors
