@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from flagtree.ir.dtypes import DTYPES
 from flagtree.ir.index import Index
 from flagtree.lower.builder import Body, NotLowered, Value
-from flagtree.lower.memory import valid_index
+from flagtree.lower.memory import select_place, slice_place, valid_index
 from flagtree.lower.reduction import Rule
 
 if TYPE_CHECKING:
@@ -21,29 +21,19 @@ if TYPE_CHECKING:
 def _slice_backward(lowering: Lowering, call: Call) -> None:
     """Zeros of the operand's shape with the gradient at start, start + step, …"""
     grad, out = call.tensor(0), call.out()
-    dim, step = call.node_argument(2) % len(out.shape), call.node_argument(5)
-    size, start = call.node_argument(1)[dim], call.node_argument(3)
-    start = 0 if start is None else start + size if start < 0 else start
-    start = 0 if start < 0 else size if start > size else start  # as ATen clamps; on symbolic sizes this adds a guard
+    dim = call.node_argument(2) % len(out.shape)
     body = Body(out.shape)
-    distance = body.point[dim] - lowering.index(start)
-    inside = body.op("ge", body.index(distance), 0)
-    inside = body.op("and", inside, body.op("lt", body.index(distance), body.index(grad.shape[dim] * step)))
-    if step != 1:
-        inside = body.op("and", inside, body.op("eq", body.index(distance % step), 0))
-    place = [distance // step if d == dim else p for d, p in enumerate(body.point)]
-    body.store(out, body.point, body.load(grad, place, inside, 0.0))
+    place, inside = slice_place(lowering, body, call, dim, 3, grad.shape[dim])
+    index = [place if d == dim else p for d, p in enumerate(body.point)]
+    body.store(out, body.point, body.load(grad, index, inside, 0.0))
     call.emit(body)
 
 
 def _select_backward(lowering: Lowering, call: Call) -> None:
     grad, out = call.tensor(0), call.out()
     dim = call.node_argument(2) % len(out.shape)
-    chosen = lowering.index(call.node_argument(3))
-    if call.node_argument(3) < 0:
-        chosen = chosen + out.shape[dim]
     body = Body(out.shape)
-    inside = body.op("eq", body.index(body.point[dim]), body.index(chosen))
+    inside = select_place(lowering, body, call, dim, 3)
     body.store(out, body.point, body.load(grad, [p for d, p in enumerate(body.point) if d != dim], inside, 0.0))
     call.emit(body)
 

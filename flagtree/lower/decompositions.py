@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch._decomp import get_decompositions
+from torch._decomp.decompositions import log_sigmoid_forward
 
 aten = torch.ops.aten
 
@@ -20,12 +21,18 @@ def _dropout(x: torch.Tensor, p: float, train: bool) -> torch.Tensor:
     return x * torch.empty_like(x).bernoulli_(1 - p).div_(1 - p)
 
 
-DECOMPOSITIONS = {aten.dropout.default: _dropout} | get_decompositions(
+def _log_sigmoid(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eager's results on the CPU are contiguous whatever the operand's strides (ATen/native/Activation.cpp)."""
+    y, saved = log_sigmoid_forward(x)
+    return y.contiguous(), saved.contiguous()
+
+
+DECOMPOSITIONS = {aten.dropout.default: _dropout, aten.log_sigmoid_forward.default: _log_sigmoid} | get_decompositions(
     [
         aten.addr, aten.cosh, aten.dist, aten.glu, aten.huber_loss, aten.mse_loss, aten.smooth_l1_loss, aten.soft_margin_loss,
         aten.stack, aten.threshold, aten.hardshrink, aten.softshrink, aten.celu, aten.heaviside, aten.nan_to_num,
-        aten.linalg_vector_norm, aten.norm, aten.select_scatter, aten.slice_scatter, aten.special_entr, aten.xlogy,
-        aten.logaddexp, aten.sinc, aten.log_sigmoid_forward, aten.prelu, aten.trace, aten.unfold_copy,
+        aten.linalg_vector_norm, aten.norm, aten.special_entr, aten.xlogy,
+        aten.logaddexp, aten.sinc, aten.prelu, aten.trace, aten.unfold_copy,
         # backward formulas
         aten.sigmoid_backward, aten.tanh_backward, aten.threshold_backward, aten.silu_backward, aten.gelu_backward,
         aten.hardtanh_backward, aten.leaky_relu_backward, aten.elu_backward, aten._softmax_backward_data,

@@ -11,17 +11,23 @@ _GEMM = "matrix product: the platform's library"
 _CONV = "convolution: the platform's library"
 _ATTENTION = "attention: the platform's library"
 _RANDOM = "random numbers: the generator's own order is kept"
+_ORDER = "sorting: the platform's library"
+_SCATTER = "scatter by index tensors: eager checks each index, and two may name one element"
 _LAYOUT = "uninitialised memory: allocation only"
 REASONS = {
     **dict.fromkeys(("aten.linear", "aten.mm", "aten.bmm", "aten.addmm", "aten.baddbmm", "aten.matmul"), _GEMM),
     **dict.fromkeys(("aten.einsum", "aten.mv", "aten.dot", "aten.addmv", "aten.bilinear"), _GEMM),
-    **dict.fromkeys(("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution"), _CONV),
+    **dict.fromkeys(("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution", "aten.convolution_backward"), _CONV),
     **dict.fromkeys(("aten.scaled_dot_product_attention", "flagtree.attend", "flagtree.attention"), _ATTENTION),
+    "aten._scaled_dot_product_flash_attention_for_cpu": _ATTENTION,
+    "aten._scaled_dot_product_flash_attention_for_cpu_backward": _ATTENTION,
+    **dict.fromkeys(("aten.sort", "aten.topk", "aten.argsort", "aten.median", "aten.kthvalue"), _ORDER),
+    **dict.fromkeys(("aten.scatter", "aten.scatter_add", "aten.index_put", "aten.index_add", "aten.index_put_"), _SCATTER),
+    "aten.value_selecting_reduction_backward": _SCATTER,
     **dict.fromkeys(("aten.rand", "aten.randn", "aten.rand_like", "aten.randn_like", "aten.bernoulli", "aten.native_dropout"), _RANDOM),
     **dict.fromkeys(("aten.empty", "aten.empty_like", "aten.new_empty", "aten.empty_strided", "aten.new_empty_strided"), _LAYOUT),
     "aten.embedding": "embedding: eager checks each index, and a row copy gains nothing from fusion",
     "aten.index": "rows by index tensors: eager checks each index, and a row copy gains nothing from fusion",
-    "aten.batch_norm": "batch norm in training: updates the running statistics",
 }
 # written although the schema does not say so: operator -> operand positions
 _HIDDEN_WRITES = {"aten.batch_norm.default": (3, 4), "aten.native_batch_norm.default": (3, 4)}

@@ -203,6 +203,71 @@ def _nll_total(call: Call, picked: Tensor, target: Tensor, outs: Sequence[Tensor
     call.emit(body, suffix="total")
 
 
+def _flip(lowering: Lowering, call: Call) -> None:
+    x, out = call.tensor(0), call.out()
+    flipped = {d % max(len(x.shape), 1) for d in call.node_argument(1)}
+    body = Body(out.shape)
+    body.store(out, body.point, body.load(x, [n - 1 - p if d in flipped else p for d, (p, n) in enumerate(zip(body.point, x.shape))]))
+    call.emit(body)
+
+
+def _roll(lowering: Lowering, call: Call) -> None:
+    """Element p comes from p - shift, wrapped; a shift is a number, so the row is two straight pieces."""
+    x, out = call.tensor(0), call.out()
+    shifts, dims = call.argument(1, "shifts"), call.argument(2, "dims")
+    sizes = [n.constant for n in x.shape]
+    if not dims or any(not isinstance(s, int) for s in shifts) or any(not sizes[d] for d in dims):
+        raise NotLowered("roll of the flattened tensor, or of a dimension whose size is not a number")
+    body = Body(out.shape)
+    index = list(body.point)
+    for shift, d in zip(shifts, dims, strict=True):
+        n = sizes[d] or 1
+        index[d] = (index[d] + (n - shift % n)) % n
+    body.store(out, body.point, body.load(x, index))
+    call.emit(body)
+
+
+def slice_place(lowering: Lowering, body: Body, call: Call, dim: int, first: int, of: Index) -> tuple[Index, Value]:
+    """(position in a slice, mask of the points inside it) of each point.  The call's operands from `first` on are start, end, step of
+    dimension `dim` of its result; `of`: extent of the slice.  Clamps as ATen does, which on symbolic sizes adds a guard."""
+    size, start, step = call.node.meta["val"].shape[dim], call.argument(first, "start"), call.argument(first + 2, "step")
+    start = 0 if start is None else start + size if start < 0 else start
+    start = 0 if start < 0 else size if start > size else start
+    distance = body.point[dim] - lowering.index(start)
+    inside = valid_index(body, body.index(distance // step), of)
+    if step != 1:
+        inside = body.op("and", inside, body.op("eq", body.index(distance % step), 0))
+    return distance // step, inside
+
+
+def select_place(lowering: Lowering, body: Body, call: Call, dim: int, position: int) -> Value:
+    """Mask of the points at the index that the operand at `position` names."""
+    chosen = call.node_argument(position)
+    index = lowering.index(chosen) + call.out().shape[dim] if chosen < 0 else lowering.index(chosen)
+    return body.op("eq", body.index(body.point[dim]), body.index(index))
+
+
+def _slice_scatter(lowering: Lowering, call: Call) -> None:
+    source, out = call.tensor(1), call.out()
+    dim = (call.argument(2, "dim") or 0) % len(out.shape)
+    body = Body(out.shape)
+    place, inside = slice_place(lowering, body, call, dim, 3, source.shape[dim])
+    index = [ZERO if n.constant == 1 else place if d == dim else p for d, (p, n) in enumerate(zip(body.point, source.shape, strict=True))]
+    value = body.cast(body.load(source, index, inside), out.dtype)
+    body.store(out, body.point, body.op("where", inside, value, body.load(call.tensor(0), body.point)))
+    call.emit(body)
+
+
+def _select_scatter(lowering: Lowering, call: Call) -> None:
+    source, out = call.tensor(1), call.out()
+    dim = call.node_argument(2) % len(out.shape)
+    body = Body(out.shape)
+    inside = select_place(lowering, body, call, dim, 3)
+    value = body.cast(body.load(source, [p for d, p in enumerate(body.point) if d != dim], inside), out.dtype)
+    body.store(out, body.point, body.op("where", inside, value, body.load(call.tensor(0), body.point)))
+    call.emit(body)
+
+
 def _attention(lowering: Lowering, call: Call) -> None:
     """flagtree.attention: the cache write becomes a kernel (it fuses with rotary), the rest is an extern that reads the caches."""
     start = call.tensor(5)
@@ -228,6 +293,7 @@ MEMORY: dict[str, Rule] = {
     "aten.clone": _clone,
     "aten._to_copy": _to_copy,
     "aten.copy_": _copy_,
+    "aten.copy": lambda lowering, call: _copy_into(call, call.out(), call.tensor(1)),
     "aten.lift_fresh_copy": _clone,
     "aten.fill.Scalar": _fill(1),
     "aten.fill.Tensor": _fill(1),
@@ -248,7 +314,11 @@ MEMORY: dict[str, Rule] = {
     "aten.constant_pad_nd": _pad,
     "aten.tril": _triangle("le"),
     "aten.triu": _triangle("ge"),
+    "aten.flip": _flip,
+    "aten.roll": _roll,
     "aten.gather": _gather,
+    "aten.slice_scatter": _slice_scatter,
+    "aten.select_scatter": _select_scatter,
     "aten.nll_loss_forward": _nll_loss,
     "flagtree.attention": _attention,
 }

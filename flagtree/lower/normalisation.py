@@ -156,11 +156,13 @@ def _copy_statistic(call: Call, out: Tensor, source: Tensor | None, suffix: str)
 def _batch_norm_in_training(call: Call) -> None:
     """Statistics of the batch; running ones move by `momentum` towards them (the variance without bias), in place where the operator
     is not the functional one."""
-    x, momentum, eps = call.tensor(0), call.argument(6, "momentum"), call.argument(7, "eps")
+    x, statistics = call.tensor(0), call.overload != "no_stats"
+    training = 5 if statistics else 3  # position of that operand; momentum and eps follow
+    momentum, eps = call.argument(training + 1, "momentum"), call.argument(training + 2, "eps")
     if not isinstance(momentum, float):
         raise NotLowered("batch norm whose momentum is not a plain number")
     weight, bias = call.optional_tensor(1, "weight"), call.optional_tensor(2, "bias")
-    running = [call.optional_tensor(k, n) for k, n in ((3, "running_mean"), (4, "running_var"))]
+    running = [call.optional_tensor(k, n) for k, n in ((3, "running_mean"), (4, "running_var")) if statistics]
     rows = Rows.over(x, [0, *range(2, len(x.shape))])
     b, value = rows.body, rows.load()
     mean = rows.mean(value)
@@ -168,8 +170,7 @@ def _batch_norm_in_training(call: Call) -> None:
     total = rows.reduce("sum", delta * delta)[0]
     count = rows.size(value.dtype)
     rstd = b.op("rsqrt", total / count + eps)
-    outs: list[Tensor | None] = [*call.outs()[:3], None, None][:3]
-    for k, (out, result) in enumerate(zip(outs, (_affine(rows, delta * rstd, weight, bias, [1]), mean, rstd), strict=False)):
+    for k, (out, result) in enumerate(zip(call.outs(), (_affine(rows, delta * rstd, weight, bias, [1]), mean, rstd), strict=False)):
         if out is not None:
             b.store(out, rows.kept_index(out) if k else rows.index, result)
     targets = call.outs()[3:5] if "functional" in call.packet else running
@@ -211,5 +212,6 @@ NORMALISATIONS: dict[str, Rule] = {
     "aten.batch_norm": _batch_norm,
     "aten.native_batch_norm": _batch_norm,
     "aten._native_batch_norm_legit_functional": _batch_norm,
+    "aten._native_batch_norm_legit.no_stats": lambda lowering, call: _batch_norm_in_training(call),
     "aten.native_batch_norm_backward": _batch_norm_backward,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -176,7 +177,9 @@ def _var(root: bool, with_mean: bool) -> Rule:
     return rule
 
 
-def _softmax(log: bool) -> Rule:
+def _softmax(log: bool, safe: bool = False) -> Rule:
+    """`safe`: a row that is masked whole, minus infinity everywhere, gives zeros."""
+
     def rule(lowering: Lowering, call: Call) -> None:
         x, out = call.tensor(0), call.out()
         if not DTYPES[out.dtype].is_float:
@@ -187,9 +190,11 @@ def _softmax(log: bool) -> Rule:
         b = rows.body
         # with a dtype argument ATen casts first
         value = b.cast(b.load(x, rows.index), compute_type(out.dtype))
-        shifted = value - rows.reduce("max", value)[0]
+        top = rows.reduce("max", value)[0]
+        shifted = value - (b.op("where", b.op("eq", top, -math.inf), 0.0, top) if safe else top)
         total = rows.reduce("sum", b.op("exp", shifted))[0]
-        b.store(out, rows.index, shifted - b.op("log", total) if log else b.op("exp", shifted) / total)
+        y = shifted - b.op("log", total) if log else b.op("exp", shifted) / total
+        b.store(out, rows.index, b.op("where", b.op("eq", total, 0.0), 0.0, y) if safe else y)
         call.emit(b)
 
     return rule
@@ -237,6 +242,7 @@ REDUCTIONS: dict[str, Rule] = {
     "aten.var_mean.correction": _var(False, True),
     "aten.softmax.int": _softmax(False),
     "aten._softmax": _softmax(False),
+    "aten._safe_softmax": _softmax(False, safe=True),
     "aten.log_softmax.int": _softmax(True),
     "aten._log_softmax": _softmax(True),
     "aten.logsumexp": _logsumexp,

@@ -22,9 +22,10 @@ from flagtree.passes.group_heads import GroupHeads
 from flagtree.passes.reinplace import Reinplace
 from flagtree.passes.schedule import ScheduleKernels
 from flagtree.passes.small_products import SmallProducts
+from flagtree.passes.split_reduction import SplitReduction
 from flagtree.targets.base import Target
 
-_OURS = (Canonicalize, GroupHeads, Reinplace, FusePointwise, FuseReduction, SmallProducts, ScheduleKernels)
+_OURS = (Canonicalize, GroupHeads, Reinplace, FusePointwise, FuseReduction, SmallProducts, SplitReduction, ScheduleKernels)
 PASSES: dict[str, type] = {p.name: p for p in _OURS}
 _SPEC = r"([A-Za-z_]\w*)\s*(?:\{([^}]*)\})?\s*(?:,|$)"
 After = Callable[[Pass, Program, Report], None]
@@ -50,6 +51,7 @@ def pipeline(target: Target) -> tuple[Pass, ...]:
         FuseReduction(),     # norms and softmax with what surrounds them
         Canonicalize(),
         SmallProducts(),     # products of few rows as our own kernel
+        SplitReduction(),    # long sums over rows into partial and final
         ScheduleKernels(),   # tiles under the target's limits
     )  # fmt: skip
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import operator
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -209,6 +210,20 @@ def _keep(key: CaptureKey | None, conditions: list | None, graph: dict[str, Any]
         log.warning("compiled, but not kept: %s", error)
 
 
+_observers: list[list[Callee]] = []
+
+
+@contextmanager
+def observed() -> Iterator[list[Callee]]:
+    """The graphs that are compiled, or taken from the store, within the context, in order."""
+    found: list[Callee] = []
+    _observers.append(found)
+    try:
+        yield found
+    finally:
+        _observers.remove(found)
+
+
 class Callee:
     """A compiled graph over its placeholders, in order.  Returns a tuple as the graph does."""
 
@@ -224,6 +239,8 @@ class Callee:
         self.results = results
         self.symbols = [(s["name"], s["source"]) for s in launch["symbols"]]
         self.position = {b.name: i for i, b in enumerate(self.executable.inputs)}
+        for found in _observers:
+            found.append(self)
 
     def __call__(self, *args: Any) -> tuple:
         if self.states and self._overlap(args):

@@ -34,11 +34,10 @@ def uncarried(node: fx.Node, home: torch.device) -> str | None:
     """Why a program on the device `home` cannot hold this call, None where it can."""
     if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() not in _INLINED:
         return f"control flow, {node.target.name()}"
-    if "batch_norm_legit" in str(node.target) and _known(node.all_input_nodes[0]).dtype in (torch.bfloat16, torch.float16) and (
-        not isinstance(node.args[6], float)  # with a number for momentum it is generated, with the types that torch declares
-    ):
-        return "torch declares float32 statistics and returns half ones"
-    if node.target is operator.getitem and isinstance(node.args[0], fx.Node) and isinstance(_known(node.args[0]), tuple):
+    if "batch_norm_legit" in str(node.target) and _known(node.all_input_nodes[0]).dtype in (torch.bfloat16, torch.float16):
+        if not isinstance(_operand(node, "momentum"), float):  # else it is generated, with the types that torch declares
+            return "torch declares float32 statistics and returns half ones"
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node) and not isinstance(_known(node.args[0]), torch.Tensor):
         return uncarried(node.args[0], home)  # what a call returns in parts stays beside it
     if any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values())) and node.target in ("view", torch.ops.aten.view.dtype):
         return "memory seen as another element type"
@@ -53,6 +52,13 @@ def uncarried(node: fx.Node, home: torch.device) -> str | None:
             if tensor.device != home:
                 return f"a tensor on {tensor.device} in a graph on {home}"
     return None
+
+
+def _operand(node: fx.Node, name: str) -> Any:
+    """An operand of an ATen call by its name in the schema."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    position = next(k for k, a in enumerate(node.target._schema.arguments) if a.name == name)
+    return node.args[position] if position < len(node.args) else node.kwargs.get(name)
 
 
 def _known(node: fx.Node) -> Any:
