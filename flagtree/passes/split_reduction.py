@@ -28,9 +28,10 @@ from flagtree.ir.program import (
     Step,
     Store,
     defined,
+    operands,
 )
 from flagtree.passes.base import Fuel, Refused, Report
-from flagtree.passes.rewrite import bounds, free_axes, prune, rename, renumber, used
+from flagtree.passes.rewrite import bounds, free_axes, prune, rename, renumber
 from flagtree.targets.base import Target
 
 BLOCK = 256  # rows of one partial sum; the longest divisor of a constant extent that is no longer, so that no mask is needed
@@ -105,7 +106,7 @@ def _refusal(kernel: Kernel) -> str | None:
     free = free_axes(kernel.body, axes)
     made: set[str] = set()  # values that need a reduction
     for op in kernel.body:
-        late = any(n in made for n in used(op))
+        late = any(n in made for n in operands(op))
         if isinstance(op, Scan):
             return "it scans"
         if isinstance(op, Reduce):
