@@ -16,7 +16,7 @@ from typing import Any
 from flagtree.artifact.bundle import Bundle, copy_bundle, open_bundle, write_again
 from flagtree.artifact.code import code_digest
 from flagtree.artifact.container import SUFFIX, check_place
-from flagtree.artifact.files import sha256
+from flagtree.artifact.files import canonical_json, sha256
 from flagtree.artifact.key import KeyFactors
 from flagtree.artifact.store import Store
 from flagtree.artifact.trust import check_trust, is_built_here, record_built
@@ -191,7 +191,8 @@ def _run(
 def _finish(tool: Tool, work: Work, target: str, store: Store) -> BuiltKernel:
     """One kernel, from the store when this tool has built it before from the same texts."""
     key = KeyFactors({
-        "kernel": work.digest, "files": {n: sha256(d) for n, d in sorted(work.files.items())}, "launch": dict(work.launch),
+        "kernel": work.digest, "files": {n: sha256(d) for n, d in sorted(work.files.items())},
+        "launch": sha256(canonical_json(dict(work.launch))),
         "target": target, "route": tool.route, "version": tool.version, "tool": tool.fingerprint, "flagtree": code_digest(),
     }).digest()  # fmt: skip
     entry = store.get(KIND, key)

@@ -180,6 +180,12 @@ def test_the_stored_report_follows(build: Build, sdk: StandIn, kernels: dict[str
     assert coverage["odd"] == {"report": 3} and coverage["decode"]["symbols"] == {}
 
 
+def test_a_grid_that_divides(build: Build, sdk: StandIn) -> None:
+    (kernel,) = build_maca([keyed("embedding")], find_target("metax"))
+    assert "//" in str(kernel.launch["grid"])
+    assert not with_sdk(sdk, build(kernels=[kernel])).failed
+
+
 def test_equal_bundles_by_equal_tools_are_equal_bytes(build: Build, sdk: StandIn) -> None:
     one, two = build(name="one"), build(name="two")
     assert with_sdk(sdk, one).digest == with_sdk(sdk, two).digest
