@@ -24,6 +24,7 @@ from flagtree.toolchain import device_binary
 from flagtree.toolchain.triton_aot import check_variant
 
 SECONDS = 600.0  # for one kernel; a vendor's compiler at its slowest takes tens
+_OF_THE_BINARY = ("registers", "scalar_registers", "spills")
 KEPT_WORDS = 1500  # characters of a tool's own message that an error repeats
 
 
@@ -129,7 +130,7 @@ def result_of(path: Path, where: str) -> bytes:
 def finished(work: Work, files: Mapping[str, bytes], binary: str, told: Mapping[str, Mapping[str, int]], target: Target) -> Finished:
     """The kernel with binaries `<variant>.<binary>`; `told` is what tool and file say of each variant, checked here.
 
-    A number that nobody told stays as it was built.  Variants that were not made are left out.
+    Launch numbers that nobody told stay as they were built; registers are of one binary only and do not.
     """
     variants, facts = {}, dict(work.facts)
     for name, new in told.items():
@@ -146,8 +147,8 @@ def finished(work: Work, files: Mapping[str, bytes], binary: str, told: Mapping[
         variants[name] = {**old, "file": f"{name}.{binary}", "shared": shared, "null_pointers": nulls}
         if f"{name}.llir" in work.files and shared != old["shared"]:
             variants[name].setdefault("llir_shared", old["shared"])  # the emulator goes on executing the LLVM IR
-        kept = {k: v for k, v in new.items() if k in ("registers", "scalar_registers", "spills")}
-        facts[name] = {**facts.get(name, {}), **kept, "shared": shared}
+        stay = {k: v for k, v in facts.get(name, {}).items() if k not in _OF_THE_BINARY}
+        facts[name] = {**stay, **{k: v for k, v in new.items() if k in _OF_THE_BINARY}, "shared": shared}
     return Finished(files, {**work.launch, "variants": variants, "shared": max(v["shared"] for v in variants.values())}, facts)
 
 
