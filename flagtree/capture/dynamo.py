@@ -23,6 +23,7 @@ from flagtree.errors import CodegenError, ToolchainError
 from flagtree.ir.canonical import digest, isolate_all
 from flagtree.ir.index import Index, from_sympy
 from flagtree.ir.program import Kernel, Program
+from flagtree.lower.backward import ONE_THREAD
 from flagtree.lower.decompositions import DECOMPOSITIONS
 from flagtree.lower.lowering import lower, lowers
 from flagtree.passes.base import Fuel, Report
@@ -111,7 +112,7 @@ def _variants(kernel: BuiltKernel) -> list[Any]:
 
 def _generated(normal: Normalised, ladder: Ladder, target: Target) -> tuple[Program, list[object], list[Report]]:
     """The program after all passes.  Calls whose kernel the generator cannot express become externs with its reason."""
-    refused: dict[str, str] = {}
+    refused = {} if target.warp <= 1 else dict(ONE_THREAD)
     while True:
         lowered = lower(normal.graph, "graph", dict.fromkeys(normal.constants, "constant"), refused)
         ladder.start(lowered.program)

@@ -207,12 +207,16 @@ class BodyWriter:
         return f"if ({' && '.join(f'{a} == 0' for a in missing)}) " if missing else ""
 
     def _update(self, op: Store, dtype: str, value: str, guard: str) -> None:
-        """Read, combine, write, lane after lane: two lanes may hit one element."""
+        """Read, combine, write: neighbours together, else lane after lane, since two lanes may hit one element."""
+        if DTYPES[dtype].kind == "bool":
+            raise CodegenError(f"cannot generate C++ for store.{op.mode} to a buffer of {dtype}")
+        offset, mask = op.access.index[0], op.access.mask
+        if self.vector and not self.pair and self._is_contiguous(offset) and not (mask is not None and self._varies((mask,))):
+            self._update_neighbours(op, dtype, value, guard + (f"if ({mask}[0]) " if mask is not None else ""))
+            return
         several = self._varies(operands(op))
         lane, count = ("l", "n") if several else ("0", "1")
         condition = f"if ({self._lane_of(op.access.mask) if several else f'{op.access.mask}[0]'}) " if op.access.mask is not None else ""
-        if DTYPES[dtype].kind == "bool":
-            raise CodegenError(f"cannot generate C++ for store.{op.mode} to a buffer of {dtype}")
         combined = ops.compute(op.mode, dtype, ("before", f"splat({op.value}_in[{lane}])"))
         address = f"{op.access.buffer}[{self._index(op.access.index[0], 'l' if several else None)}]"
         self.lines += [
@@ -223,6 +227,13 @@ class BodyWriter:
             "}",
         ]
         self.lines[-5:] = ["{", *("  " + line for line in self.lines[-5:]), "}"]
+
+    def _update_neighbours(self, op: Store, dtype: str, value: str, guard: str) -> None:
+        """Each lane has an element of its own."""
+        place, kind = f"{op.access.buffer} + {self._index(op.access.index[0])}", f"const {ops.register(dtype)}v"
+        combined = ops.compute(op.mode, dtype, ("before", "added"))
+        body = f"{kind} before = widen_{dtype}(load({place}, n)), added = {value}; store({place}, narrow_{dtype}({combined}), n);"
+        self.lines.append(f"{guard}{{ {body} }}")
 
 
 def _natural(literal: Arg) -> str:

@@ -63,6 +63,8 @@ def _embedding_backward(lowering: Lowering, call: Call) -> None:
     padding, by_frequency = call.node_argument(3), call.node_argument(4)
     if by_frequency or not DTYPES[out.dtype].is_float:
         raise NotLowered("embedding gradient scaled by frequency")
+    if grad.shape[:-1] != indices.shape:
+        raise NotLowered("the sizes of gradient and indices are not known to agree")
     zeros = Body(out.shape)
     zeros.store(out, zeros.point, zeros.constant(0.0, out.dtype))
     call.emit(zeros, suffix="zeros")
@@ -76,6 +78,8 @@ def _embedding_backward(lowering: Lowering, call: Call) -> None:
     call.emit(body)
 
 
+# several indices may name one row: its sum depends on their order, which only one thread keeps
+ONE_THREAD = {"aten.embedding_dense_backward.default": "embedding gradient: the platform's library keeps the order of the sums"}
 BACKWARD: dict[str, Rule] = {
     "aten.slice_backward": _slice_backward,
     "aten.select_backward": _select_backward,

@@ -108,6 +108,8 @@ def _equalities(shape_env: Any) -> tuple[dict[Any, Any], dict[str, int]]:
             solved = _solved(expr.lhs - expr.rhs)
             if solved is None and expr.rhs.is_Integer:  # Max(1, n - 5) == 1
                 solved = {expr.lhs: expr.rhs}
+            if solved is None:  # n // 2 + (n + 1) // 2 == n: nothing to solve, but one spelling for both
+                solved = next(({b: a} for a, b in (expr.args, expr.args[::-1]) if a.is_Symbol), None)
             if solved is not None:
                 out = {k: v.xreplace(solved) for k, v in out.items()} | solved
     return out, multiples

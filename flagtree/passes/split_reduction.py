@@ -30,6 +30,7 @@ from flagtree.ir.program import (
     defined,
     operands,
 )
+from flagtree.ir.verify import unproved
 from flagtree.passes.base import Fuel, Refused, Report
 from flagtree.passes.rewrite import bounds, free_axes, prune, rename, renumber
 from flagtree.targets.base import Target
@@ -54,11 +55,16 @@ class SplitReduction:
         buffers: list[Buffer] = []
         for step in program.steps:
             axis = self._axis(program, step, report) if isinstance(step, Kernel) else None
-            if axis is None or not fuel.take():
+            if axis is None or not isinstance(step, Kernel):
                 steps.append(step)
                 continue
-            assert isinstance(step, Kernel)
             partial, final, made = split(step, axis)
+            why = unproved(program.with_(buffers=(*program.buffers, *made)), partial)
+            if why is not None:  # right, but no reader could know
+                report.refused.append(Refused((step.name,), f"the partial sums cannot be proved: {why}"))
+            if why is not None or not fuel.take():
+                steps.append(step)
+                continue
             steps += [partial, final]
             buffers += made
             report.rewrites += 1

@@ -25,6 +25,7 @@ from flagtree.runtime.capture_key import CaptureKey, Unkeyed, capture_key
 from flagtree.runtime.launch import Executable
 from flagtree.runtime.parts import home_of, split
 from flagtree.runtime.prepare import Library
+from flagtree.runtime.strides import Restride
 from flagtree.settings import settings
 
 log = logging.getLogger("flagtree")
@@ -51,9 +52,13 @@ def _training(module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable
         with _disable_current_modes():  # AOTAutograd calls us under its fake mode; constants and arenas are real
             return make_boxed_func(compiled(half))
 
+    def compile_backward(half: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        with _disable_current_modes():
+            return make_boxed_func(_of_any_strides(half))
+
     # what is written without a gradient (running statistics) is written by the graph rather than copied after it
     through_aot = aot_autograd(
-        fw_compiler=compile_half, bw_compiler=compile_half, inference_compiler=compile_half, keep_inference_input_mutations=True
+        fw_compiler=compile_half, bw_compiler=compile_backward, inference_compiler=compile_half, keep_inference_input_mutations=True
     )
     return through_aot(module, example_inputs)
 
@@ -62,8 +67,17 @@ def compiled(module: fx.GraphModule) -> Callable[..., Any]:
     """The graph as a callable over its placeholders: from the store, else built now, else (an internal failure) as it is."""
     if (why := _unsupported(home_of(module))) is not None:
         return _as_it_is(module, why)
-    split_up = split(module, compiled)
+    split_up = split(module, _of_any_strides)
     return _compiled_whole(module) if split_up is None else split_up
+
+
+def _of_any_strides(module: fx.GraphModule) -> Callable[..., Any]:
+    """Compile a graph whose arguments Dynamo does not guard."""
+    with observed() as graphs:
+        run = compiled(module)
+    for graph in graphs:
+        graph.restride = Restride(graph.executable)
+    return run
 
 
 def _target(home: torch.device) -> tuple[str, str]:
@@ -221,7 +235,7 @@ def observed() -> Iterator[list[Callee]]:
     try:
         yield found
     finally:
-        _observers.remove(found)
+        _observers[:] = [other for other in _observers if other is not found]
 
 
 class Callee:
@@ -239,10 +253,14 @@ class Callee:
         self.results = results
         self.symbols = [(s["name"], s["source"]) for s in launch["symbols"]]
         self.position = {b.name: i for i, b in enumerate(self.executable.inputs)}
+        self.restride: Restride | None = None
         for found in _observers:
             found.append(self)
 
-    def __call__(self, *args: Any) -> tuple:
+    def __call__(self, *given: Any) -> tuple:
+        args = given if self.restride is None else self.restride(given)
+        if args is None:
+            return self.eager(*given)  # a written argument that lies otherwise than tracing believed
         if self.states and self._overlap(args):
             return self.eager(*args)  # a written input shares memory with another: the order of single elements matters
         outputs = self.call(args)

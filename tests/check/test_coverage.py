@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -59,6 +60,11 @@ def test_a_block_is_within_the_targets() -> None:
 
     inference, training = coverage(model, infer), coverage(model, train)
     assert inference.share <= 0.5 and training.share <= 0.6
-    products = {"aten.mm.default", "aten.addmm.default"}
-    assert set(inference.left) <= products | {"aten.embedding.default"}
-    assert set(training.left) <= products | {"aten.embedding.default", "aten.ones_like.default"}  # the last is autograd's own seed
+    extern = {"aten.mm", "aten.addmm", "aten.embedding"}
+    assert _operators(inference.left) <= extern
+    assert _operators(training.left) <= extern | {"aten.ones_like"}  # autograd's own seed
+
+
+def _operators(calls: Counter[str]) -> set[str]:
+    """Without overloads: a product may write into memory that is given."""
+    return {name.rsplit(".", 1)[0] for name in calls}

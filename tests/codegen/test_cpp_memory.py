@@ -12,6 +12,7 @@ import torch
 from flagtree.codegen.cpp import generate
 from flagtree.errors import CodegenError
 from flagtree.ir.canonical import digest, isolate
+from flagtree.ir.evaluate import torch_dtype
 from flagtree.ir.program import Kernel
 from flagtree.ir.text import parse_program, print_program
 from flagtree.runtime.cpu import levels
@@ -278,6 +279,26 @@ def test_update_repeats_only_over_axes_it_depends_on() -> None:
   outputs y, z
 """
     check_exact(text, {"x": randn(5, 40), "c": randn(5), "z": randn(5, seed=2)}, {"n0": 5, "n1": 40})
+
+
+@pytest.mark.parametrize("mode", ["add", "max"])
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f16", "i64", "f64"])
+def test_rows_of_neighbours_are_updated_in_order(mode: str, dtype: str) -> None:
+    text = f"""program p
+  buffer ids: i64[9] input
+  buffer x: {dtype}[9, 77] input
+  buffer y: {dtype}[4, 77] state
+  kernel k {{i0 < 9, i1 < 77}} numerics(eager, contract=off, acc=f32)
+    v0: i64 = load ids[i0]
+    v1: b1 = ge v0, 0
+    v2: b1 = lt v0, 4
+    v3: b1 = and v1, v2
+    v4: {dtype} = load x[i0, i1]
+    store.{mode} y[v0, i1] = v4 if v3
+  outputs y
+"""
+    ids = torch.tensor([3, 0, -1, 3, 3, 7, 0, 2, 3])
+    check_exact(text, {"ids": ids, "x": (randn(9, 77) * 9).to(torch_dtype(dtype)), "y": randn(4, 77, seed=2).to(torch_dtype(dtype))})
 
 
 def test_kernel_of_one_point() -> None:
