@@ -1,7 +1,7 @@
-"""Arguments in the strides that a graph was compiled for: for graphs whose arguments other code makes.
+"""Arguments in the strides and element types that a graph was compiled for: for graphs whose arguments other code makes.
 
 Dynamo guards the strides of what a user passes.  What a backward graph takes was made by the forward graph, and what follows a call that
-runs as it is was made by torch: there the strides are what tracing believed, and an operator's real result may lie otherwise.
+runs as it is was made by torch: there both are what tracing believed, and an operator's real result may differ.
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ class Restride:
             if known is None and values is None:
                 values = [1 if at is None else read_symbol(s, args[at]) for s, at in self.symbols]
             want = known or layout.at(values or [])[1]
-            if value.stride() == want or same_strides(value.shape, value.stride(), want):
+            same = value.stride() == want or same_strides(value.shape, value.stride(), want)
+            if same and value.dtype is layout.dtype:
                 continue
             if written:
                 return None
             out = list(args) if out is None else out
-            out[i] = torch.empty_strided(value.shape, want, dtype=value.dtype, device=value.device).copy_(value)
+            out[i] = torch.empty_strided(value.shape, want, dtype=layout.dtype, device=value.device).copy_(value)
         return args if out is None else out
