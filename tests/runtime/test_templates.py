@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from flagtree.codegen.launch import launch_list
 from flagtree.errors import BundleError
+from flagtree.ir.canonical import digest, isolate_all
+from flagtree.ir.interp import run as interpret
+from flagtree.ir.parse import parse_program
+from flagtree.passes.pipeline import run_pipeline
+from flagtree.passes.small_products import SmallProducts
+from flagtree.runtime import cpu
 from flagtree.runtime.compile import Callee, backend
 from flagtree.runtime.launch import Executable
 from flagtree.runtime.prepare import Launch
+from flagtree.targets import find_target
+from flagtree.toolchain.build import build_kernels
+from flagtree.toolchain.cxx import link
 from tests.runtime.equal_to_eager import check, compare
 
 
@@ -83,3 +95,22 @@ def test_a_call_above_that_touches_other_memory_is_refused(made: list[Callee]) -
     step["above"]["extern"]["args"][0] = {"buffer": other}
     with pytest.raises(BundleError, match="other buffers"):
         Executable(launch, made[0].executable.prepared.library)
+
+
+def test_inside_a_repeat_each_iteration_chooses_for_its_own_weights() -> None:
+    text = (Path(__file__).parents[1] / "passes" / "small_products" / "any_rows.ir").read_text("utf-8")
+    program = parse_program("\n".join(line for line in text.partition("// expect")[0].split("\n") if not line.startswith("//")))
+    target = replace(find_target("cpu"), levels=(cpu.levels()[0],))
+    made, _ = run_pipeline(program, [SmallProducts()], target)
+    kernels = {k.name: (alone, digest(alone.program)) for k, alone in isolate_all(made)}
+    built = build_kernels([(d, alone.program) for alone, d in kernels.values()], target, 1)
+    shared = link([(b.digest, b.files[f"{target.levels[0]}.o"]) for b in built], target.levels[0])
+    run = Executable(launch_list(made, kernels), cpu.load_library(shared, "test"))
+    torch.manual_seed(1)
+    given = {b.name: torch.randn(64, 64, dtype=torch.bfloat16) / 8 for b in run.inputs if b.role == "weight"}
+    for rows in ((1, 3), (4, 3), (4, 1), (9, 3)):
+        x = torch.randn(*rows, 64, dtype=torch.bfloat16)
+        (have,) = run.call([given.get(b.name, x) for b in run.inputs])
+        inputs = {b.name: given.get(b.name, x).clone() for b in run.inputs}
+        exact = interpret(program, inputs, dtype_override="f64")["h"]
+        compare(interpret(program, inputs)["h"], have, exact, f"{rows} rows")
