@@ -5,7 +5,6 @@ and told.json.  An import of the compiler, of what it needs or of transformers r
 """
 
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -31,27 +30,9 @@ sys.meta_path.insert(0, NoCompiler())  # type: ignore[arg-type]
 sys.addaudithook(no_process)
 
 import safetensors.torch
-import torch
 
 import flagtree
-
-DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
-
-
-def serve(bundle, weights, ids, lengths, following):  # type: ignore[no-untyped-def]
-    """Logits [1 + steps, B, V].  The caches start as NaN: a row that no token has written would show in every logit."""
-    prefill, decode = bundle.parts["prefill"].bind(weights), bundle.parts["decode"].bind(weights)
-    rows = ids.shape[1] + following.shape[1] + 3
-    caches = {}
-    for name, declared in bundle.parts["prefill"].states.items():
-        dtype, heads, width = re.fullmatch(r"(\w+)\[batch, (\d+), context, (\d+)\]", declared).groups()
-        caches[name] = torch.full((len(ids), int(heads), rows, int(width)), float("nan"), dtype=DTYPES[dtype])
-    (logits,) = prefill({"ids": ids, "start": torch.zeros_like(lengths), "last": lengths - 1, **caches}).values()
-    out = [logits]
-    for step in range(following.shape[1]):
-        (logits,) = decode({"ids": following[:, step : step + 1].contiguous(), "start": lengths + step, **caches}).values()
-        out.append(logits)
-    return torch.stack(out)
+from tests.bundles.serving import serve
 
 
 def main(path: str, digest: str, folder: Path) -> None:

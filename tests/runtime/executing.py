@@ -6,6 +6,7 @@ memory, variant, order) and the kernels' arithmetic, not what a vendor's compile
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import shutil
 import struct
@@ -69,3 +70,8 @@ def library(kernels: Sequence[tuple[str, Program]], target: str, device: Device)
 def device(route: str, compiled: Path) -> Device:
     """This processor as a CUDA device; tensors are the CPU's."""
     return StandIn(driver(), route, compiled)
+
+
+def launches(device: Device) -> int:
+    """How many kernels the executing driver has run."""
+    return ctypes.c_int64.in_dll(device.driver.library, "launches").value
