@@ -14,7 +14,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-PLACE = "flagtree/runtime/launcher.so"
+PLACE = "flagtree/runtime"
 
 
 class LauncherHook(BuildHookInterface):
@@ -25,13 +25,14 @@ class LauncherHook(BuildHookInterface):
         root = Path(self.root)
         editable = version == "editable"
         self.folder = tempfile.TemporaryDirectory()
-        library = root / PLACE if editable else Path(self.folder.name) / "launcher.so"
-        problem = _builder(root).build(library)
+        builder = _builder(root)
+        library = (root / PLACE if editable else Path(self.folder.name)) / builder.LIBRARY
+        problem = builder.build(library)
         if problem:
             self.app.display_warning(f"flagtree: the GPU launcher was not built, launches go through ctypes: {problem}")
             return
         if not editable:
-            build_data["force_include"][str(library)] = PLACE
+            build_data["force_include"][str(library)] = f"{PLACE}/{builder.LIBRARY}"
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
 

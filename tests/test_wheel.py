@@ -3,6 +3,8 @@
 import configparser
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from flagtree.capture.model_spec import list_specs
+from flagtree.runtime.launcher_build import COMPILERS, LIBRARY
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -62,6 +65,18 @@ def test_every_file_of_the_package_is_in_it(site: Path) -> None:
     wanted = {f"flagtree/_{line}" if line.startswith("models/") else line for line in tracked.stdout.splitlines()}
     assert len(wanted) > 100
     assert sorted(name for name in wanted if not (site / name).is_file()) == []
+
+
+def test_the_launcher_is_built_where_a_compiler_is(site: Path) -> None:
+    """The build of the wheel compiles launcher.c (hatch_build.py), and what is installed takes it."""
+    if not any(map(shutil.which, COMPILERS)):
+        pytest.skip("no C compiler: launches go through ctypes")
+    code = "from flagtree.runtime import launcher as l; print(l.built(), l.BUILT); l.Compiled(l.BUILT, 0)"
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    found = subprocess.run([sys.executable, "-c", code], cwd=site.parent, env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == f"True {site / 'flagtree' / 'runtime' / LIBRARY}"
+    (tags,) = site.glob("*.dist-info/WHEEL")
+    assert re.search(r"^Tag: py3-none-linux_\w+$", tags.read_text(encoding="utf-8"), re.MULTILINE)
 
 
 def test_entry_points(site: Path) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from flagtree.errors import BundleError, DeviceError
+from flagtree.runtime.launcher_build import LIBRARY
 
 VERSION, MAX_ARGUMENTS, MAX_STACK = 1, 1024, 64  # as in launcher.c
 NO_VARIANT, BAD_GRID = -1, -2
@@ -223,7 +224,7 @@ def evaluate(code: Sequence[tuple[int, int]], symbols: Sequence[int]) -> int:
 
 
 # -- which -----------------------------------------------------------------------------------------------------------
-BUILT = Path(__file__).with_name("launcher.so")  # launcher_build.py puts it there when the package is installed
+BUILT = Path(__file__).with_name(LIBRARY)  # put there when the package is installed
 
 
 @functools.cache

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("launcher.c")
+LIBRARY = "libflagtree_launcher.so"  # "launcher.so" would be imported instead of launcher.py
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O2", "-std=c99", "-shared", "-fPIC", "-Wall", "-Wextra")
 SECONDS = 120
@@ -39,6 +40,7 @@ def build(target: Path) -> str:
 
 
 if __name__ == "__main__":
-    problem = build(SOURCE.with_suffix(".so"))
-    sys.stderr.write(f"the launcher was not built: {problem}\n" if problem else f"built {SOURCE.with_suffix('.so')}\n")
+    library = SOURCE.with_name(LIBRARY)
+    problem = build(library)
+    sys.stderr.write(f"the launcher was not built: {problem}\n" if problem else f"built {library}\n")
     raise SystemExit(2 if problem else 0)
