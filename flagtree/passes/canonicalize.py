@@ -79,7 +79,7 @@ def _plain_indices(body: tuple[BodyOp, ...], ranges: Bounds) -> tuple[BodyOp, ..
 
 
 # -- casts -----------------------------------------------------------------------------------------------------------
-def _exact(source: str, target: str) -> bool:
+def exact_cast(source: str, target: str) -> bool:
     """Does every value of `source` survive the conversion?"""
     a, b = DTYPES[source], DTYPES[target]
     if a.is_float and b.is_float:
@@ -99,7 +99,7 @@ def _fold_casts(body: tuple[BodyOp, ...]) -> tuple[BodyOp, ...]:
         op = rename(op, same)
         if isinstance(op, Compute) and op.op == "cast" and isinstance(op.args[0], str):
             arg = op.args[0]
-            while arg in source and _exact(dtype[source[arg]], dtype[arg]):
+            while arg in source and exact_cast(dtype[source[arg]], dtype[arg]):
                 arg = source[arg]
             if dtype[arg] == op.dtype:
                 same[op.name] = arg
@@ -122,7 +122,7 @@ def _common_subexpressions(body: tuple[BodyOp, ...]) -> tuple[BodyOp, ...]:
             seen = {k: v for k, v in seen.items() if not (isinstance(v, Load) and v.access.buffer == op.access.buffer)}
             out.append(op)
             continue
-        key = _identity(op)
+        key = identity(op)
         first = seen.setdefault(key, op)
         if first is op:
             out.append(op)
@@ -131,7 +131,7 @@ def _common_subexpressions(body: tuple[BodyOp, ...]) -> tuple[BodyOp, ...]:
     return tuple(out)
 
 
-def _identity(op: BodyOp) -> object:
+def identity(op: BodyOp) -> object:
     """Everything but the name; literals by text, since 0.0 == -0.0 and 1 == True in Python."""
     if isinstance(op, Load):
         return ("load", op.access, repr(op.other))

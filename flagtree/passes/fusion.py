@@ -14,9 +14,10 @@ from flagtree.ir.deps import dependences
 from flagtree.ir.dtypes import DTYPES
 from flagtree.ir.program import Kernel, Program, Reduce, Scan, Step
 from flagtree.ir.verify import unproved
+from flagtree.passes.append import Known, append, known
 from flagtree.passes.base import Fuel, Refused, Report
 from flagtree.passes.canonicalize import canonical_kernel, drop_dead
-from flagtree.passes.merge import Legal, can_merge, merge, moved_reduction
+from flagtree.passes.merge import can_merge, merge, moved_reduction
 from flagtree.passes.rewrite import EXPENSIVE
 
 Wanted = Callable[[Kernel, Kernel], bool]
@@ -39,6 +40,7 @@ class FusionWalk:
         self.reads: dict[int, tuple[str, ...]] = {}
         self.writes: dict[int, tuple[str, ...]] = {}
         self.readers: dict[str, list[tuple[int, int]]] = {}  # of a root: (place, step), in order of place
+        self.known: dict[int, Known | None] = {}  # of steps as they are now
         for k in self.steps:
             self._note(k)
         self.escaping = {program.root(n) for n in program.outputs} | {b.name for b in program.buffers if b.role != "temp"}
@@ -72,36 +74,46 @@ class FusionWalk:
         """Join producer `a` into consumer `b`; records a refusal."""
         producer, consumer = self.steps[a], self.steps[b]
         assert isinstance(producer, Kernel) and isinstance(consumer, Kernel)
-        kept = self.kept(a, b)
-        verdict = self._verdict(a, b, producer, consumer, kept)
-        if isinstance(verdict, Refused):
-            self.report.refused.append(verdict)
-            return False
-        legal, place = verdict
-        joined = canonical_kernel(self.program, merge(producer, consumer, legal, (frozenset(legal.flowing) - kept) | legal.overwritten))
-        if (why := unproved(self.program, joined)) is not None:  # right perhaps, but no reader could know
-            self.report.refused.append(Refused((producer.name, consumer.name), f"the joined kernel cannot be proved: {why}"))
+        found = self._joined(a, b, producer, consumer)
+        if isinstance(found, Refused):
+            self.report.refused.append(found)
             return False
         if not self.fuel.take():
             return False
+        joined, place, state = found
         self._join(a, b, joined, place)
+        if state is not None:
+            self.known[b] = state
         self.report.matched.append(f"{producer.name} + {consumer.name}")
         self.report.rewrites += 1
         return True
 
-    def _verdict(self, a: int, b: int, producer: Kernel, consumer: Kernel, kept: frozenset[str]) -> tuple[Legal, int] | Refused:
+    def _joined(self, a: int, b: int, producer: Kernel, consumer: Kernel) -> tuple[Kernel, int, Known | None] | Refused:
+        """The joined kernel, where it stands, and what is known of it if it was appended."""
         both = (producer.name, consumer.name)
         if len(producer.body) + len(consumer.body) > self.max_ops:
             return Refused(both, f"more than {self.max_ops} operations in one kernel")
+        kept, place = self.kept(a, b), self._place(a, b)
+        apart = Refused(both, "a step between them needs one and is needed by the other")
+        state = self._known(a, producer)
+        if state is not None and (appended := append(self.program, producer, state, consumer, kept)) is not None:
+            return apart if place is None else (appended[0], place, appended[1])
         legal = can_merge(self.program, producer, consumer, kept)
         if isinstance(legal, Refused):
             return legal
         if (why := moved_reduction(producer, consumer, legal)) is not None:
             return Refused(both, why)
-        place = self._place(a, b)
         if place is None:
-            return Refused(both, "a step between them needs one and is needed by the other")
-        return legal, place
+            return apart
+        joined = canonical_kernel(self.program, merge(producer, consumer, legal, (frozenset(legal.flowing) - kept) | legal.overwritten))
+        if (why := unproved(self.program, joined)) is not None:  # right perhaps, but no reader could know
+            return Refused(both, f"the joined kernel cannot be proved: {why}")
+        return joined, place, None
+
+    def _known(self, a: int, kernel: Kernel) -> Known | None:
+        if a not in self.known:
+            self.known[a] = known(self.program, kernel)
+        return self.known[a]
 
     def _join(self, a: int, b: int, joined: Kernel, place: int) -> None:
         self._forget(a)
@@ -125,6 +137,7 @@ class FusionWalk:
             readers = self.readers[root]
             del readers[bisect.bisect_left(readers, (self.place[k], k))]
         del self.writes[k]
+        self.known.pop(k, None)
 
     def _note(self, k: int) -> None:
         self.reads[k], self.writes[k] = self.steps[k].reads, self.steps[k].writes
