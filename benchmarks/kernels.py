@@ -11,6 +11,8 @@ compared with eager's.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import os
 import sys
 import tempfile
@@ -62,7 +64,7 @@ def cases() -> dict[str, tuple[Callable[..., Any], Callable[[int, int, Any], tup
             f(angles).to(dtype)[None, None] for f in (torch.cos, torch.sin))  # fmt: skip
 
     def channels(rows: int, width: int, dtype: Any) -> tuple:
-        count = 32 if width % 32 == 0 else 13  # 13 * 79 = 1027
+        count = width // 128 if width % 128 == 0 else 13  # 13 * 79 = 1027
         return torch.randn(rows, count, width // count).to(dtype), *((torch.randn(count) * 0.1 + k).to(dtype) for k in (1, 0))
 
     return {
@@ -72,7 +74,7 @@ def cases() -> dict[str, tuple[Callable[..., Any], Callable[[int, int, Any], tup
         "swiglu": (lambda gate, up: F.silu(gate) * up, two),
         "softmax": (lambda x: torch.softmax(x, -1), one),
         "layer_norm": (lambda x, w, b: F.layer_norm(x, (x.shape[-1],), w, b), lambda r, n, d: (*weighted(r, n, d), weighted(1, n, d)[1])),
-        "group_norm": (lambda x, w, b: F.group_norm(x, 8 if x.shape[1] == 32 else 13, w, b), channels),
+        "group_norm": (lambda x, w, b: F.group_norm(x, x.shape[1] // 4 if x.shape[1] % 4 == 0 else 1, w, b), channels),
         "cumsum": (lambda x: torch.cumsum(x, -1), one),
         "cross_entropy": (lambda x, t: F.cross_entropy(x.float(), t), lambda r, n, d: (*one(r, n, d), torch.randint(0, n, (r,)))),
     }
@@ -136,25 +138,22 @@ def measured(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
     clock = time.thread_time if options.threads == 1 else time.perf_counter
-    for name, (function, make) in cases().items():
-        if options.cases and name not in options.cases:
-            continue
-        for dtype in options.dtype:
-            for rows in options.rows:
-                for width in options.widths:
-                    args = make(rows, width, torch.float32 if dtype == "fp32" else torch.bfloat16)
-                    want = function(*args)
-                    size = traffic(args, want)
-                    calls: dict[str, Callable[[], Any]] = {"eager call": lambda f=function, a=args: f(*a), "copy": measure.copier(size)}
-                    torch._dynamo.reset()
-                    for contender in CONTENDERS[:2]:
-                        whole, kernel = compiled(function, args, contender)
-                        tolerance = {"rtol": 3e-2, "atol": 3e-2} if dtype == "bf16" else {"rtol": 1e-4, "atol": 1e-3}
-                        torch.testing.assert_close(whole(), want, **tolerance)
-                        calls |= {f"{contender} call": whole, f"{contender} kernel": kernel}
-                    times = measure.rotated(calls, options.repeats, clock)
-                    yield {"case": name, "dtype": dtype, "rows": rows, "width": width, "bytes": size,
-                           **{k: [t.median, t.low, t.high] for k, t in times.items()}}  # fmt: skip
+    chosen = {name: case for name, case in cases().items() if not options.cases or name in options.cases}
+    for width, rows, name, dtype in itertools.product(options.widths, options.rows, chosen, options.dtype):
+        function, make = chosen[name]
+        args = make(rows, width, torch.float32 if dtype == "fp32" else torch.bfloat16)
+        want = function(*args)
+        size = traffic(args, want)
+        calls: dict[str, Callable[[], Any]] = {"eager call": lambda f=function, a=args: f(*a), "copy": measure.copier(size)}
+        torch._dynamo.reset()
+        for contender in CONTENDERS[:2]:
+            whole, kernel = compiled(function, args, contender)
+            tolerance = {"rtol": 3e-2, "atol": 3e-2} if dtype == "bf16" else {"rtol": 1e-4, "atol": 1e-3}
+            torch.testing.assert_close(whole(), want, **tolerance)
+            calls |= {f"{contender} call": whole, f"{contender} kernel": kernel}
+        times = measure.rotated(calls, options.repeats, clock)
+        yield {"case": name, "dtype": dtype, "rows": rows, "width": width, "bytes": size,
+               **{k: [t.median, t.low, t.high] for k, t in times.items()}}  # fmt: skip
 
 
 # -- the report --------------------------------------------------------------------------------------------------------
@@ -256,13 +255,15 @@ def main(arguments: Sequence[str]) -> None:
         if options.cases and (unknown := [c for c in options.cases if c not in cases()]):
             raise SystemExit(f"unknown case {unknown[0]}: choose from {', '.join(cases())}")
         facts, records = measure.conditions(), []
-        with torch.no_grad():
+        with torch.no_grad(), contextlib.suppress(KeyboardInterrupt):  # an interrupted run reports what it has
             for record in measured(options):
                 records.append(record)
                 shape = f"{record['case']:14} {record['dtype']} {record['rows']:5} x {record['width']:5}"
                 gains = f"kernel {gain(record, 'kernel'):5.2f}  call {gain(record, 'call'):5.2f}"
                 share = f"of copy {rate(record, 'flagtree') / rate(record, 'copy'):5.2f}"
                 print(f"{shape}  {gains}  {share}", file=sys.stderr, flush=True)
+    order = list(cases())
+    records.sort(key=lambda r: (order.index(r["case"]), options.dtype.index(r["dtype"]), r["rows"], r["width"]))
     text = report(records, options, facts)
     print(text)
     if options.out:

@@ -14,8 +14,9 @@ import jinja2
 
 from flagtree.codegen import cpp_gemm
 from flagtree.codegen import cpp_ops as ops
+from flagtree.codegen.cpp_body import large_name
 from flagtree.codegen.cpp_index import operand_text
-from flagtree.codegen.cpp_layout import Layout, layout
+from flagtree.codegen.cpp_layout import LARGE, Layout, layout
 from flagtree.codegen.cpp_prelude import prelude
 from flagtree.codegen.cpp_sweeps import RowWriter
 from flagtree.ir.dtypes import DTYPES
@@ -43,7 +44,7 @@ def generate(program: Program, digest: str) -> str:
     context = cpp_gemm.context(program) if isinstance(kernel, Kernel) and kernel.numerics.fp_contract else _walked(program)
     text = print_program(program).rstrip("\n").split("\n")
     names = {"digest": digest, "symbol": symbol_name(digest), "text": text, "threshold": THREAD_WORK}
-    lines = (*context["definitions"], *context["head"], *context["decode"], *context["body"])
+    lines = (*context["definitions"], *context["head"], *context["decode"], *context["body"], *context["after"])
     return _template().render(prelude=prelude("\n".join((*lines, context["count"]))), **names, **context)
 
 
@@ -55,10 +56,11 @@ def _walked(program: Program) -> dict[str, Any]:
     writer = RowWriter(walk, multiples, chunk)
     body = [*_chunk_bounds(walk, chunk), *writer.row()]
     outer = _outer(walk, chunk)
+    large = " | ".join(_large_stores(walk))
     return {
         "widest": walk.widest, "partials": writer.partials, "clean_nans": int(_clean_nans(walk.kernel)), "definitions": [],
         "head": _head(walk), "symbols": _symbols(walk), "decode": _decode(walk, outer), "advance": _advance(walk, outer), "body": body,
-        "count": " * ".join(_factor(walk, extent) for _, extent in outer) or "1",
+        "after": [f"settle_stores({large});"] if large else [], "count": " * ".join(_factor(walk, extent) for _, extent in outer) or "1",
         "work": " * ".join(_factor(walk, a.extent) for a in walk.kernel.axes) or "1",
         "threads": _may_use_threads(walk, outer),
     }  # fmt: skip
@@ -151,5 +153,12 @@ def _head(walk: Layout) -> list[str]:
     for k, b in enumerate(walk.kernel.buffers):
         const = "" if b.name in written else "const "
         lines.append(f"{const}{ops.memory(b.dtype)} *const __restrict {b.name} = ({const}{ops.memory(b.dtype)} *)buffers[{k}];")
-    return lines + _symbols(walk)
+    lines += _symbols(walk)
+    for name, op in _large_stores(walk).items():
+        lines.append(f"const bool {name} = {_factor(walk, walk.written(op))} >= {LARGE};")
+    return lines
+
+
+def _large_stores(walk: Layout) -> dict[str, Store]:
+    return {large_name(op): op for op in walk.kernel.body if isinstance(op, Store) and walk.is_large(op)}
 

@@ -29,6 +29,7 @@ class BodyWriter:
     layout: Layout
     scope: frozenset[str]
     vector: bool
+    streamed: frozenset[str] = frozenset()  # loads that memory serves, one line after another
     whole: bool = False  # the lane axis is walked as one piece
     pair: bool = False  # `lines` run for `half` 0 and 1 of words that `head` loads and `tail` stores (cpp_pair)
     lines: list[str] = field(default_factory=list)
@@ -145,6 +146,8 @@ class BodyWriter:
         if not self._is_contiguous(offset):
             return self._gather(op, dtype, other)
         address = f"{access.buffer} + {self._index(offset)}"
+        if op.name in self.streamed:
+            (self.head if self.pair else self.lines).append(f"ahead({address});")
         if self.pair:
             self.head.append(f"const u32v {op.name}_words = load_pair({address}, n);")
             return f"half_of({op.name}_words, half)"
@@ -187,10 +190,13 @@ class BodyWriter:
             halves = f"{op.value}_to_{op.access.buffer}"
             self.head.append(f"f32v {halves}[2];")
             self.lines.append(f"{halves}[half] = {value};")
-            self.tail.append(f"store_pair({op.access.buffer} + {self._index(offset)}, {halves}, n);")
+            address = f"{op.access.buffer} + {self._index(offset)}"
+            past = f"store_past({address}, joined({halves}), n, {large_name(op)});"
+            self.tail.append(past if self.layout.is_large(op) else f"store_pair({address}, {halves}, n);")
         elif self.vector and self._varies(tuple(offset.names())) and self._is_contiguous(offset):
+            past = self.layout.is_large(op)
             call = f"store_where({op.access.buffer} + {self._index(offset)}, {narrow}, {mask}, n)" if spread_mask else \
-                f"store({op.access.buffer} + {self._index(offset)}, {narrow}, n)"  # fmt: skip
+                f"store{'_past' * past}({op.access.buffer} + {self._index(offset)}, {narrow}, n{f', {large_name(op)}' * past})"  # fmt: skip
             self.lines.append(f"{guard}{call};")
         elif self._varies(operands(op)):
             condition = f"if ({mask}[l]) " if spread_mask else ""
@@ -234,6 +240,11 @@ class BodyWriter:
         combined = ops.compute(op.mode, dtype, ("before", "added"))
         body = f"{kind} before = widen_{dtype}(load({place}, n)), added = {value}; store({place}, narrow_{dtype}({combined}), n);"
         self.lines.append(f"{guard}{{ {body} }}")
+
+
+def large_name(op: Store) -> str:
+    """The C++ variable that says whether this launch writes so much through `op` that it goes past the caches."""
+    return f"{op.access.buffer}_large"
 
 
 def _natural(literal: Arg) -> str:

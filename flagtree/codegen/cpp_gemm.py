@@ -28,7 +28,7 @@ def context(program: Program) -> dict[str, Any]:
     symbols = [f"const i64 {s.name} = symbols[{k}];" for k, s in enumerate(program.symbols)]
     value = "v" if dtype == "f32" else f"round_{dtype}(v)"
     return {
-        "widest": 4, "partials": PARTIALS, "clean_nans": 0, "symbols": symbols,
+        "widest": 4, "partials": PARTIALS, "clean_nans": 0, "symbols": symbols, "after": [],
         "definitions": [
             f"#define ELEMENT {ops.memory(dtype)}",
             f"#define TILE_DEPTH {_STEP[dtype]}",

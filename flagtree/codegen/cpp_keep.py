@@ -23,11 +23,13 @@ ROUNDING = 7         # to a half float
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """`body`: the ops of one sweep over one piece, in order.  `kept`: values to store in their rows; `read`: values read back."""
+    """`body`: the ops of one sweep over one piece, in order.  `kept`: values to store in their rows; `read`: values read back.
+    `streamed`: loads of what no earlier sweep has brought into the caches."""
 
     body: tuple[BodyOp, ...]
     kept: frozenset[str]
     read: tuple[str, ...]
+    streamed: frozenset[str]
 
 
 def row_size(layout: Layout) -> int | None:
@@ -70,7 +72,17 @@ def sweeps(layout: Layout, body: Sequence[BodyOp]) -> list[Sweep]:
         executed.append({n for op in chosen for n in defined(op)})
         kept.append(set())
         out.append((chosen[::-1], read[::-1]))
-    return [Sweep(tuple(b), frozenset(k), tuple(r)) for (b, r), k in zip(out, kept, strict=True)]
+    return [Sweep(tuple(b), frozenset(k), tuple(r), s) for (b, r), k, s in zip(out, kept, _streamed(layout, out), strict=True)]
+
+
+def _streamed(layout: Layout, bodies: Sequence[tuple[list[BodyOp], list[str]]]) -> list[frozenset[str]]:
+    seen: set[str] = set()
+    streamed = []
+    for body, _ in bodies:
+        loads = [op for op in body if isinstance(op, Load) and op.access.buffer not in seen]
+        streamed.append(frozenset(op.name for op in loads if layout.is_streamed(op)))
+        seen.update(op.access.buffer for op in loads)
+    return streamed
 
 
 def _cost(name: str, defining: Mapping[str, BodyOp]) -> int:

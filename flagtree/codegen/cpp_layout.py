@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from flagtree.errors import CodegenError
 from flagtree.ir.dtypes import DTYPES
 from flagtree.ir.flat import FlatKernel, operands
-from flagtree.ir.index import ONE
+from flagtree.ir.index import ONE, Index
 from flagtree.ir.program import Axis, BodyOp, Compute, IndexValue, Load, Reduce, Scan, Store, defined
 
+LARGE = 16 << 20  # bytes of one output of a kernel that no core keeps for whoever reads it next
 WIDE_OPS = frozenset(("sin", "cos"))  # computed in f64 also for f32
 
 
@@ -54,6 +55,31 @@ class Layout:
         axes = self._store_axes(op) if isinstance(op, Store) else self.kernel.depends[op.name]
         return not axes & (self.reduced_names | {self.lane.name if self.lane else ""})
 
+    def is_streamed(self, op: Load) -> bool:
+        """Consecutive elements, row after row, that no other row loads again (a weight's are)."""
+        offset = op.access.index[0]
+        if self.lane is None or op.access.mask is not None or offset.coefficient(self.lane.name) != ONE:
+            return False
+        around = (*self.outer, *self.loops)
+        if self.outer and not any(a.name in offset.names() for a in self.outer):
+            return False
+        return not around or offset.coefficient(around[-1].name) == self.lane.extent
+
+    def is_large(self, op: Store) -> bool:
+        """May write more than caches keep, whole lines that the kernel does not read: such a store goes past the caches."""
+        if self.lane is None or op.mode != "set" or op.access.mask is not None or op.access.buffer in self._reloaded():
+            return False
+        highest = self.kernel.bounds.maximum(self.written(op))
+        return op.access.index[0].coefficient(self.lane.name) == ONE and (highest is None or highest >= LARGE)
+
+    def written(self, op: Store) -> Index:
+        """Bytes."""
+        dtype = next(b.dtype for b in self.kernel.buffers if b.name == op.access.buffer)
+        size = Index.of(DTYPES[dtype].bits // 8)
+        for axis in self.kernel.axes:
+            size = size * (axis.extent if axis.name in self._store_axes(op) else ONE)
+        return size
+
     def _store_axes(self, op: Store) -> frozenset[str]:
         return self.kernel.op_depends(op)
 
@@ -87,7 +113,7 @@ def layout(kernel: FlatKernel) -> Layout:
     kernel = _narrow_positions(kernel)
     _check(kernel)
     lane = _lane(kernel)
-    outer = tuple(a for a in kernel.parallel if a != lane)
+    outer = _rows_in_memory_order(kernel, tuple(a for a in kernel.parallel if a != lane))
     loops = tuple(a for a in kernel.reduced if a != lane)
     scans = {op.axis for op in kernel.body if isinstance(op, Scan)}
     if scans and lane is not None and lane.kind == "reduce" and lane.name not in scans:
@@ -95,6 +121,19 @@ def layout(kernel: FlatKernel) -> Layout:
         lane, loops = lane_axis, tuple(a for a in kernel.reduced if a != lane_axis)
     loops = tuple(sorted(loops, key=lambda a: a.name in scans))  # a running value restarts when its loop is entered
     return Layout(kernel, lane, outer, loops, _levels(kernel), _widest(kernel, lane))
+
+
+def _rows_in_memory_order(kernel: FlatKernel, outer: tuple[Axis, ...]) -> tuple[Axis, ...]:
+    """Rows may be walked in any order: the axis of the largest steps is the outermost, as far as the steps are known."""
+    accesses = [op.access.index[0] for op in kernel.body if isinstance(op, (Load, Store))]
+
+    def step(axis: Axis) -> int:
+        factors = [a.coefficient(axis.name) for a in accesses]
+        highest = [kernel.bounds.maximum(f) for f in factors if f is not None]
+        return sum(h for h in highest if h is not None)
+
+    known = all(a.coefficient(x.name) is not None for a in accesses for x in outer)
+    return tuple(sorted(outer, key=step, reverse=True)) if known else outer
 
 
 def _check(kernel: FlatKernel) -> None:

@@ -20,7 +20,7 @@ from flagtree.codegen.segments import Segment, segments
 from flagtree.errors import CodegenError
 from flagtree.ir.flat import operands
 from flagtree.ir.index import Index
-from flagtree.ir.program import BodyOp, Reduce, Scan, Store, defined
+from flagtree.ir.program import BodyOp, Load, Reduce, Scan, Store, defined
 
 PARTIALS = (64, 32)  # the second in a kernel of short rows that are no multiple of the first
 ROW_BLOCK = 4096  # elements of a long row after which its partial states are joined; a multiple of all PARTIALS
@@ -114,7 +114,7 @@ class RowWriter:
         if not work.body:
             return []
         scope = self._outer_scope() | {a.name for a in self.layout.loops} | {lane}
-        writer = self._writer(work.body, scope, True, work.kept, paired, whole)
+        writer = self._writer(work.body, scope, True, work, paired, whole)
         writer.lines[:0] = self._read(work, paired)
         lo, hi, extent = self._text(piece.lo), self._text(piece.hi), piece.hi - piece.lo
         lines = [*self._step(lane, writer, self._state_name(sweep) if reducing else ""), f"i64 at = {lo};", f"const i64 end = {hi};"]
@@ -183,7 +183,8 @@ class RowWriter:
         scope = self._outer_scope() | {lane}
         if self._is_columns(pending):
             return block("", [*self._bounds(piece), *self._columns(piece, pending, scope)])
-        writer = BodyWriter(self.layout, scope, True, pair=paired)
+        streamed = frozenset(op.name for op in piece.body if isinstance(op, Load) and self.layout.is_streamed(op))
+        writer = BodyWriter(self.layout, scope, True, streamed, pair=paired)
         for sweep in range(self.layout.sweeps):
             ready = [op for op in pending if self._level(op) <= sweep]
             pending = [op for op in pending if op not in ready]
@@ -307,9 +308,10 @@ class RowWriter:
     def _statements(self, body: Iterable[BodyOp], scope: frozenset[str], vector: bool) -> list[str]:
         return self._writer(body, scope, vector).lines
 
-    def _writer(self, body: Iterable[BodyOp], scope: frozenset[str], vector: bool, kept: frozenset[str] = frozenset(),
+    def _writer(self, body: Iterable[BodyOp], scope: frozenset[str], vector: bool, work: Sweep | None = None,
                 paired: bool = False, whole: bool = False) -> BodyWriter:  # fmt: skip
-        writer = BodyWriter(self.layout, scope, vector, whole, paired)
+        kept, streamed = (work.kept, work.streamed) if work is not None else (frozenset[str](), frozenset[str]())
+        writer = BodyWriter(self.layout, scope, vector, streamed, whole, paired)
         for op in body:
             if isinstance(op, Reduce):
                 writer.lines.append(self._accumulate(op, self.layout.lane_reduced, "count" if paired else "n"))

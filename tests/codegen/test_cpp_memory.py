@@ -40,6 +40,28 @@ def pointwise(dtype: str) -> str:
 """
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_large_outputs_go_past_the_caches(dtype: torch.dtype, shift: int) -> None:
+    """Whole lines where the address lets it, by ordinary stores elsewhere; a small launch of the same kernel does not."""
+    name = "f32" if dtype == torch.float32 else "bf16"
+    text = pointwise(name).replace("100000", "100000000")
+    program = parse_program(text)
+    source = generate(isolate(program, program.steps[0]).program, "0" * 64)
+    assert "store_past" in source
+    assert "settle_stores(b2_large)" in source
+    for size in ((16 << 20) // dtype.itemsize + 37, 1003):
+        a, b = randn(size).to(dtype), randn(size, seed=1).to(dtype)
+        check_exact(text, {"a": a, "b": b}, {"n0": size}, shift)
+
+
+def test_an_output_that_is_read_again_stays_in_the_caches() -> None:
+    text = pointwise("f32").replace("100000", "100000000").replace("load b[i0]", "load y[i0]")
+    text = text.replace("y: f32[n0] temp", "y: f32[n0] state").replace("  buffer b: f32[n0] input\n", "")
+    program = parse_program(text)
+    assert "store_past" not in generate(isolate(program, program.steps[0]).program, "0" * 64)
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_sizes_and_misaligned_pointers(size: int) -> None:
     for dtype in ("f32", "bf16", "i64"):

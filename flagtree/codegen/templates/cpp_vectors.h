@@ -200,18 +200,46 @@ INLINE u16v narrow_f16(f32v x) {
   return __builtin_convertvector(r | sign, u16v);
 #endif
 }
-//@ load
-// n of W lanes from consecutive elements, the others zero; never reads beyond them
-template <class T> INLINE typename vector_of<T>::type load(const T *p, int n) {
-  typedef typename vector_of<T>::type V;
-  typedef V __attribute__((aligned(sizeof(T)), may_alias)) U;
-  if (__builtin_expect(n >= W, 1)) return *(const U *)p;
-  T part[W] = {};
-  for (int l = 0; l < n; ++l) part[l] = p[l];
+//@ load_some store_some
+// a vector's first n elements of T, less than all (none where n < 1), the others zero; nothing beyond them in memory is touched
+template <class V, class T> INLINE V load_some(const T *p, int n) {
   V v;
+#if X86_BUILTINS && NATIVE_BYTES == 64
+  typedef char B64 __attribute__((vector_size(64))), B32 __attribute__((vector_size(32))), B16 __attribute__((vector_size(16)));
+  const u64 bytes = n > 0 ? (1ull << n * sizeof(T)) - 1 : 0;
+  if constexpr (sizeof v == 64) return (V)__builtin_ia32_loaddquqi512_mask((const char *)p, B64{}, bytes);
+  else if constexpr (sizeof v == 32) return (V)__builtin_ia32_loaddquqi256_mask((const char *)p, B32{}, bytes);
+  else if constexpr (sizeof v == 16) return (V)__builtin_ia32_loaddquqi128_mask((const char *)p, B16{}, bytes);
+#endif
+  T part[sizeof v / sizeof(T)] = {};
+  for (int l = 0; l < n; ++l) part[l] = p[l];
   __builtin_memcpy(&v, part, sizeof v);
   return v;
 }
+template <class V, class T> INLINE void store_some(T *p, V v, int n) {
+#if X86_BUILTINS && NATIVE_BYTES == 64
+  typedef char B64 __attribute__((vector_size(64))), B32 __attribute__((vector_size(32))), B16 __attribute__((vector_size(16)));
+  const u64 bytes = n > 0 ? (1ull << n * sizeof(T)) - 1 : 0;
+  if constexpr (sizeof v == 64) return __builtin_ia32_storedquqi512_mask((char *)p, (B64)v, bytes);
+  else if constexpr (sizeof v == 32) return __builtin_ia32_storedquqi256_mask((char *)p, (B32)v, bytes);
+  else if constexpr (sizeof v == 16) return __builtin_ia32_storedquqi128_mask((char *)p, (B16)v, bytes);
+#endif
+  T part[sizeof v / sizeof(T)];
+  __builtin_memcpy(part, &v, sizeof v);
+  for (int l = 0; l < n; ++l) p[l] = part[l];
+}
+//@ load
+// n of W lanes from consecutive elements, the others zero; never reads beyond them
+template <class T> INLINE typename vector_of<T>::type load(const T *p, int n) {
+  typedef typename vector_of<T>::type __attribute__((aligned(sizeof(T)), may_alias)) U;
+  return __builtin_expect(n >= W, 1) ? *(const U *)p : load_some<typename vector_of<T>::type>(p, n);
+}
+//@ ahead
+// asks for what the loop will load some lines later: the processor's own guess comes late where there is much to compute on a line
+#ifndef AHEAD
+#define AHEAD 1536
+#endif
+INLINE void ahead(const void *p) { __builtin_prefetch((const u8 *)p + AHEAD); }
 //@ load_where
 // lanes where m is set, the others zero; touches nothing else
 template <class T> INLINE typename vector_of<T>::type load_where(const T *p, i32v m, int n) {
@@ -227,11 +255,40 @@ template <class T> INLINE typename vector_of<T>::type load_one(const T *p) { ret
 //@ store
 template <class T> INLINE void store(T *p, typename vector_of<T>::type v, int n) {
   typedef typename vector_of<T>::type __attribute__((aligned(sizeof(T)), may_alias)) U;
-  if (__builtin_expect(n >= W, 1)) { *(U *)p = v; return; }
-  T part[W];
-  __builtin_memcpy(part, &v, sizeof v);
-  for (int l = 0; l < n; ++l) p[l] = part[l];
+  if (__builtin_expect(n >= W, 1)) *(U *)p = v;
+  else store_some(p, v, n);
 }
+//@ store_past settle_stores
+// past the caches where `past` says so and the address lets it: a line that is written whole need not be read first
+#if X86_BUILTINS
+template <class V> INLINE void stream(void *p, V v) {
+  typedef i64 N2 __attribute__((vector_size(16)));
+#if NATIVE_BYTES == 64
+  typedef i64 N8 __attribute__((vector_size(64)));
+  if constexpr (sizeof v == 64) return __builtin_ia32_movntdq512((N8 *)p, (N8)v);
+#endif
+#if NATIVE_BYTES >= 32
+  typedef i64 N4 __attribute__((vector_size(32)));
+  if constexpr (sizeof v == 32) return __builtin_ia32_movntdq256((N4 *)p, (N4)v);
+#endif
+  if constexpr (sizeof v == 16) return __builtin_ia32_movntdq((N2 *)p, (N2)v);
+}
+template <class T, class V> INLINE void store_past(T *p, V v, int n, bool past) {
+  constexpr int size = sizeof v / sizeof(T);
+  if constexpr (sizeof v >= 16 && sizeof v <= NATIVE_BYTES) if (past && n >= size && (u64)p % sizeof v == 0) return stream(p, v);
+  typedef V __attribute__((aligned(sizeof(T)), may_alias)) U;
+  if (__builtin_expect(n >= size, 1)) *(U *)p = v;
+  else store_some(p, v, n);
+}
+INLINE void settle_stores(bool past) { if (past) __builtin_ia32_sfence(); }
+#else
+template <class T, class V> INLINE void store_past(T *p, V v, int n, bool) {
+  typedef V __attribute__((aligned(sizeof(T)), may_alias)) U;
+  if (__builtin_expect(n >= (int)(sizeof v / sizeof(T)), 1)) *(U *)p = v;
+  else store_some(p, v, n);
+}
+INLINE void settle_stores(bool) {}
+#endif
 //@ store_where
 template <class T> INLINE void store_where(T *p, typename vector_of<T>::type v, i32v m, int n) {
   for (int l = 0; l < n; ++l) if (m[l]) p[l] = v[l];
@@ -243,22 +300,17 @@ template <class V> INLINE V keep(int n, V now, V before) { return n >= W ? now :
 // 2 * W bf16 as W words: the low half of a word is an even element, the high half the odd one after it
 INLINE u32v load_pair(const u16 *p, int n) {
   typedef u32v __attribute__((aligned(2), may_alias)) U;
-  if (__builtin_expect(n >= 2 * W, 1)) return *(const U *)p;
-  u16 part[2 * W] = {};
-  for (int l = 0; l < n; ++l) part[l] = p[l];
-  u32v v;
-  __builtin_memcpy(&v, part, sizeof v);
-  return v;
+  return __builtin_expect(n >= 2 * W, 1) ? *(const U *)p : load_some<u32v>(p, n);
 }
 INLINE f32v half_of(u32v words, int half) { return (f32v)(half ? words & 0xffff0000 : words << 16); }
+//@ joined
+INLINE u32v joined(const f32v *halves) { return (u32v)halves[0] >> 16 | ((u32v)halves[1] & 0xffff0000); }
 //@ store_pair
 INLINE void store_pair(u16 *p, const f32v *halves, int n) {
   typedef u32v __attribute__((aligned(2), may_alias)) U;
-  u32v v = (u32v)halves[0] >> 16 | ((u32v)halves[1] & 0xffff0000);
-  if (__builtin_expect(n >= 2 * W, 1)) { *(U *)p = v; return; }
-  u16 part[2 * W];
-  __builtin_memcpy(part, &v, sizeof v);
-  for (int l = 0; l < n; ++l) p[l] = part[l];
+  const u32v v = joined(halves);
+  if (__builtin_expect(n >= 2 * W, 1)) *(U *)p = v;
+  else store_some(p, v, n);
 }
 //@ any_lane
 INLINE bool any_lane(i32v m, int n) {
