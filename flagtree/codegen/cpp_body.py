@@ -191,8 +191,8 @@ class BodyWriter:
             self.head.append(f"f32v {halves}[2];")
             self.lines.append(f"{halves}[half] = {value};")
             address = f"{op.access.buffer} + {self._index(offset)}"
-            past = f"store_past({address}, joined({halves}), n, {large_name(op)});"
-            self.tail.append(past if self.layout.is_large(op) else f"store_pair({address}, {halves}, n);")
+            whole = f"store_past({address}, joined({halves}), n, {large_name(op)});"
+            self.tail.append(whole if self.layout.is_large(op) else f"store_pair({address}, {halves}, n);")
         elif self.vector and self._varies(tuple(offset.names())) and self._is_contiguous(offset):
             past = self.layout.is_large(op)
             call = f"store_where({op.access.buffer} + {self._index(offset)}, {narrow}, {mask}, n)" if spread_mask else \
