@@ -9,9 +9,11 @@ import numpy
 import pytest
 import torch
 
+from flagtree.codegen.cpp import generate
 from flagtree.ir.dtypes import DTYPES
 from flagtree.ir.evaluate import torch_dtype
 from flagtree.ir.ops import OPS
+from flagtree.ir.text import parse_program
 from tests.codegen.cpp_runner import check_exact, reference, run, same_bits
 
 DT = ("b1", "u8", "i8", "i16", "i32", "i64", "f16", "bf16", "f32", "f64")
@@ -131,3 +133,25 @@ def test_cast(source: str) -> None:
                                                 ("i16", "bf16"), ("f16", "i16"), ("i16", "f16"), ("i8", "u8"), ("u8", "i8")])  # fmt: skip
 def test_bitcast(source: str, target: str) -> None:
     check_exact(elementwise("bitcast", source, 1, target), {"a": values(source, 517, 6)}, {"n0": 517})
+
+
+def test_every_bf16_stays_a_nan_or_rounds_as_it_should() -> None:
+    """Where all floats come from bf16 memory, rounding does not look for NaN (`cpp.py`): every pattern, through arithmetic and without."""
+    text = """program p
+  buffer a: bf16[65536] input
+  buffer y: bf16[65536] temp
+  buffer z: bf16[65536] temp
+  kernel k {i0 < 65536} numerics(eager, contract=off, acc=f32)
+    v0: bf16 = load a[i0]
+    v1: f32 = cast v0
+    v2: f32 = mul v1, 1.1
+    v3: bf16 = cast v2
+    store y[i0] = v3
+    v4: bf16 = cast v1
+    store z[i0] = v4
+  outputs y, z
+"""
+    a = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    assert "#define CLEAN_NANS 1" in generate(parse_program(text), "0" * 64)
+    check_exact(text, {"a": a})
+    assert "#define CLEAN_NANS 0" in generate(parse_program(text.replace("a: bf16", "a: f32").replace("v0: bf16", "v0: f32")), "0" * 64)
