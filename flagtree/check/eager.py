@@ -1,71 +1,67 @@
-"""What PyTorch itself computes for the outputs of one fused kernel: the kernel's calls of the captured graph, executed eagerly.
+"""The eager computation of one fused kernel: the kernel's calls of the captured graph, written as a recipe (check/recipe.py).
 
-Needed calls are found backwards from what the kernel stores and cut at what it reads, then run in the graph's order on real memory, so
+Needed calls are found backwards from what the kernel stores and cut at what it reads, then kept in the graph's order over real memory, so
 views and in-place calls mean what they mean in PyTorch.  A kernel without such a counterpart raises NoEager, never something else.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
-from flagtree.errors import FlagtreeError
+from flagtree.check.recipe import FORMAT, NoEager, no_eager
+from flagtree.codegen.launch import operand
 from flagtree.ir.canonical import Isolated
-from flagtree.ir.gemm import is_product
+from flagtree.ir.evaluate import IR_NAMES
+from flagtree.ir.gemm import PRODUCT, is_product
 from flagtree.ir.index import Index
 from flagtree.ir.program import Kernel, Program
 from flagtree.lower.builder import NotLowered
+from flagtree.lower.lowering import plain_operand
 from flagtree.lower.sizes import Sizes
-from flagtree.runtime import operators as operators  # registers torch.ops.flagtree.*
 
-Tensor = torch.Tensor
-Geometry = tuple[tuple[int, ...], tuple[int, ...], int]
 _ATTENTION_ROWS = {3: 1, 4: 2}  # flagtree.attention: position of each cache to that of its new rows; start is operand 5
 
 
-class NoEager(FlagtreeError):
-    """A kernel that no part of the captured graph computes on the kernel's own inputs; `why` says what is missing."""
+def recipe_of(
+    graph: fx.Graph, program: Program, kernel: Kernel, buffers: Mapping[str, str], symbols: Mapping[str, str], renamed: Mapping[str, str]
+) -> dict[str, Any]:
+    """The recipe of `kernel`, a kernel of `program` after any passes; `graph`: the normalised graph that `program` was lowered from.
 
-
-def eager_outputs(
-    graph: fx.Graph, program: Program, kernel: Kernel, tensors: Mapping[str, Tensor], symbols: Mapping[str, int], renamed: Mapping[str, str]
-) -> dict[str, Tensor]:
-    """The contents, after the kernel, of each buffer that it stores, as PyTorch computes them.
-
-    `graph`: the normalised graph that `program` was lowered from; `kernel`: a kernel of it after any passes.  `tensors`: contents before
-    the kernel of its buffers, by name (not written to).  `symbols`: values of the program's symbols; `renamed`: the shape
-    environment's names to them (`Lowered.symbols`).  Raises NoEager.
+    `buffers` and `symbols`: the program's names to those that the recipe uses; a buffer that is none of them is not given.  `renamed`:
+    the shape environment's names to the program's symbols (`Lowered.symbols`).  Raises NoEager.
     """
-    return _Replay(graph, program, kernel, tensors, symbols, renamed).run()
+    return _Writer(graph, program, kernel, buffers, symbols, renamed).recipe()
 
 
-def eager_of(
-    graph: fx.Graph, program: Program, kernel: Kernel, isolated: Isolated, renamed: Mapping[str, str]
-) -> Callable[[Mapping[str, Tensor], Mapping[str, int]], dict[str, Tensor]]:
-    """`eager_outputs` over the isolated kernel's names: (tensors b0…, values of n0…) to the stored ones by b-name."""
-    if is_product(isolated.program):  # a template: its kernel reads the names of the isolated form
-        return lambda tensors, symbols: {"b2": torch.nn.functional.linear(tensors["b0"], tensors["b1"])}
-    canonical = {name: f"b{i}" for i, name in enumerate(isolated.buffers)}
-
-    def run(tensors: Mapping[str, Tensor], symbols: Mapping[str, int]) -> dict[str, Tensor]:
-        actual = {name: tensors[b] for name, b in canonical.items()}
-        values = {str(name): symbols[f"n{i}"] for i, name in enumerate(isolated.symbols)}
-        found = eager_outputs(graph, program, kernel, actual, values, renamed)
-        return {canonical[name]: value for name, value in found.items() if name in canonical}
-
-    return run
+def eager_of(graph: fx.Graph, program: Program, kernel: Kernel, isolated: Isolated, renamed: Mapping[str, str]) -> dict[str, Any]:
+    """`recipe_of` over the isolated kernel's names b0… and n0…"""
+    if is_product(isolated.program):  # a template: its kernel has the names of the isolated form only
+        return _product_recipe(isolated.program)
+    buffers = {name: f"b{i}" for i, name in enumerate(isolated.buffers)}
+    symbols = {name: f"n{i}" for i, name in enumerate(isolated.symbols)}
+    return recipe_of(graph, program, kernel, buffers, symbols, renamed)
 
 
-class _Replay:
-    """One evaluation.  Memory is one flat tensor a storage; every tensor node of a known storage is a view of it."""
+def _product_recipe(program: Program) -> dict[str, Any]:
+    views = {
+        b.name: {"storage": b.name, "dtype": b.dtype, "shape": [n.to_json() for n in b.shape], "strides": [n.to_json() for n in b.layout],
+                 "offset": 0} for b in program.buffers
+    }  # fmt: skip
+    call = {"extern": PRODUCT, "args": [{"buffer": "b0"}, {"buffer": "b1"}], "kwargs": {}, "outputs": ["b2"]}
+    return {"format": FORMAT, "views": views, "given": [["b0", "b0"], ["b1", "b1"]], "steps": [call], "results": {"b2": "b2"}}
 
-    def __init__(self, graph: fx.Graph, program: Program, kernel: Kernel, tensors: Mapping[str, Tensor],
-                 symbols: Mapping[str, int], renamed: Mapping[str, str]) -> None:  # fmt: skip
-        self.program, self.kernel, self.tensors = program, kernel, tensors
+
+class _Writer:
+    """One recipe.  Memory is one storage a root; every tensor node of a known storage is a view of it."""
+
+    def __init__(self, graph: fx.Graph, program: Program, kernel: Kernel, buffers: Mapping[str, str],
+                 symbols: Mapping[str, str], renamed: Mapping[str, str]) -> None:  # fmt: skip
+        self.program, self.kernel, self.buffers = program, kernel, buffers
         self.symbols, self.sizes = symbols, Sizes(renamed)  # sizes that guards equate are spelled as lowering spelled them
         self.nodes = list(graph.nodes)
         self.position = {n: k for k, n in enumerate(self.nodes)}
@@ -78,8 +74,8 @@ class _Replay:
                 self.writers.setdefault(storage, []).append(node)
         self.storage_of = {_buffer_name(n): s for s, n in self.base.items()}
         self.stored = self._stored()
-        self.memory: dict[int, Tensor] = {}
-        self.tuples: dict[fx.Node, Any] = {}
+        self.views: dict[str, dict[str, object]] = {}
+        self.steps: list[dict[str, object]] = []
 
     def _stored(self) -> dict[str, int]:
         """Stored buffer -> its storage; what one lowering rule keeps to itself has no call that makes it."""
@@ -89,18 +85,19 @@ class _Replay:
         return out
 
     def nothing(self, why: str) -> NoEager:
-        return NoEager("the kernel has no eager counterpart", where=f"kernel {self.kernel.name}", why=why)
+        return no_eager(why, f"kernel {self.kernel.name}")
 
-    def run(self) -> dict[str, Tensor]:
+    def recipe(self) -> dict[str, Any]:
         self.given = self._given()
         needed = self._needed()
-        for storage in sorted(self.given):
-            self._place(storage)
-        with torch.no_grad():
-            for node in self.nodes:
-                if node in needed:
-                    self._execute(node)
-        return {b: self._view(s, self._buffer_geometry(b, s)).clone() for b, s in self.stored.items()}
+        given = [pair for storage in self.base if storage in self.given for pair in self._places(storage)]
+        for node in self.nodes:
+            if node in needed and _is_attention(node):
+                self._write_rows(node)
+            elif node in needed and node.target is not operator.getitem:
+                self._step(node, needed)
+        results = {self.buffers[b]: self._buffer_view(b, s) for b, s in self.stored.items() if b in self.buffers}
+        return {"format": FORMAT, "views": self.views, "given": given, "steps": self.steps, "results": results}
 
     # -- what to run -------------------------------------------------------------------------------------------------
     def _is_member(self, node: fx.Node) -> bool:
@@ -164,92 +161,116 @@ class _Replay:
         return found
 
     # -- memory ------------------------------------------------------------------------------------------------------
-    def _place(self, storage: int) -> None:
-        """The given contents of a storage, in all the views that the kernel uses."""
+    def _places(self, storage: int) -> list[list[str]]:
+        """The given contents of a storage: each buffer of it that the recipe is given, with its view."""
         root = _buffer_name(self.base[storage])
-        views = [b for b in self.tensors if self.program.root(b) == root]
-        if not views:
+        found = [b for b in self.buffers if self.program.root(b) == root]
+        if not found:
             raise self.nothing(f"'{root}' is not given")
-        geometries = [self._fake_geometry(self.base[storage]), *(self._buffer_geometry(b, storage) for b in views)]
-        self.memory[storage] = torch.empty(max(_span(g) for g in geometries), dtype=self.tensors[views[0]].dtype)
-        for buffer, geometry in zip(views, geometries[1:], strict=True):
-            _fill(self._view(storage, geometry), self.tensors[buffer])
-        for buffer, geometry in zip(views, geometries[1:], strict=True):
-            if not torch.equal(torch.nan_to_num(self._view(storage, geometry)), torch.nan_to_num(self.tensors[buffer])):
-                raise self.nothing(f"'{root}' is given through views that overlap")
+        self._node_view(self.base[storage])
+        return [[self.buffers[b], self._buffer_view(b, storage)] for b in found]
 
-    def _view(self, storage: int, geometry: Geometry) -> Tensor:
-        return torch.as_strided(self.memory[storage], *geometry)
+    def _view(self, storage: int, dtype: str, shape: list[object], strides: list[object], offset: object) -> str:
+        """The name of a view; equal views are one."""
+        view = {"storage": f"s{storage_number(self.base, storage)}", "dtype": dtype, "shape": shape, "strides": strides, "offset": offset}
+        known = next((name for name, other in self.views.items() if other == view), None)
+        if known is None:
+            known = f"v{len(self.views)}"
+            self.views[known] = view
+        return known
 
-    def _fake_geometry(self, node: fx.Node) -> Geometry:
+    def _node_view(self, node: fx.Node) -> str:
         fake = node.meta["val"]
-        shape, strides = tuple(self._integer(n) for n in fake.shape), tuple(self._integer(n) for n in fake.stride())
-        return shape, strides, self._integer(fake.storage_offset())
+        shape, strides = [self._json(n) for n in fake.shape], [self._json(n) for n in fake.stride()]
+        return self._view(_storage(node), IR_NAMES[fake.dtype], shape, strides, self._json(fake.storage_offset()))
 
-    def _buffer_geometry(self, name: str, storage: int) -> Geometry:
+    def _buffer_view(self, name: str, storage: int) -> str:
         """A buffer's place in its root's storage, following aliases."""
         buffer = self.program.buffer(name)
-        shape, strides = tuple(self._index(e) for e in buffer.shape), tuple(self._index(e) for e in buffer.layout)
-        offset = self._integer(self.base[storage].meta["val"].storage_offset())
+        dtype, shape, strides = buffer.dtype, [self._renamed(e) for e in buffer.shape], [self._renamed(e) for e in buffer.layout]
+        offset = self._index(self.base[storage].meta["val"].storage_offset())
         while buffer.alias_of is not None:
-            offset += self._index(buffer.alias_of.offset)
+            offset = offset + buffer.alias_of.offset
             buffer = self.program.buffer(buffer.alias_of.base)
-        return shape, strides, offset
+        return self._view(storage, dtype, shape, strides, self._renamed(offset))
 
-    def _index(self, index: Index) -> int:
+    def _renamed(self, index: Index) -> object:
+        """An index over the program's symbols as JSON over the recipe's."""
         missing = sorted(index.names() - self.symbols.keys())
         if missing:
             raise self.nothing(f"the size '{missing[0]}' is none of the kernel's")
-        return index.evaluate(self.symbols)
+        return index.rename(dict(self.symbols)).to_json()
 
-    def _integer(self, value: Any) -> int:
-        """A size of the trace at the given symbols."""
-        if not isinstance(value, torch.SymInt):
-            return int(value)
+    def _index(self, value: Any) -> Index:
+        """A size of the trace."""
         try:
-            return self._index(self.sizes.stride(value))
+            return self.sizes.stride(value) if isinstance(value, torch.SymInt) else Index.of(int(value))
         except NotLowered as error:
             raise self.nothing(str(error)) from error
 
-    # -- execution ---------------------------------------------------------------------------------------------------
-    def _execute(self, node: fx.Node) -> None:
-        if _is_attention(node):
-            self._write_rows(node)
-            return
-        args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), self._argument)
-        try:
-            result = node.target(*args, **kwargs)  # type: ignore[operator]
-        except (RuntimeError, IndexError, ValueError) as error:
-            raise self.nothing(f"eager refuses {node.target}: {str(error).splitlines()[0]}") from error
-        if not isinstance(result, Tensor):
-            self.tuples[node] = result
-        elif self.base.get(_storage(node)) is node:
-            self._adopt(node, result)
+    def _json(self, value: Any) -> object:
+        return self._renamed(self._index(value))
 
-    def _adopt(self, node: fx.Node, result: Tensor) -> None:
-        """A fresh result becomes memory in the strides that the trace saw."""
-        geometry = self._fake_geometry(node)
-        if tuple(result.shape) != geometry[0] or result.dtype != node.meta["val"].dtype:
-            seen = f"{node.meta['val'].dtype} {list(geometry[0])}"
-            raise self.nothing(f"{node.target} gives {result.dtype} {list(result.shape)} here, the trace saw {seen}")
-        storage = _storage(node)
-        self.memory[storage] = torch.empty(_span(geometry), dtype=result.dtype)
-        _fill(self._view(storage, geometry), result)
+    # -- calls -------------------------------------------------------------------------------------------------------
+    def _step(self, node: fx.Node, needed: set[fx.Node]) -> None:
+        """A call; what it makes becomes memory in the strides that the trace saw."""
+        if isinstance(node.meta.get("val"), (tuple, list)):
+            items = {n.args[1]: n for n in node.users if n.target is operator.getitem and n in needed}
+            made = [items.get(k) for k in range(len(node.meta["val"]))]
+        else:
+            made = [node]
+        outputs = [self._node_view(n) if n is not None and self.base.get(_storage(n)) is n else None for n in made]
+        args, kwargs = [self._operand(a) for a in node.args], {k: self._operand(v) for k, v in sorted(node.kwargs.items())}
+        self.steps.append({"extern": str(node.target), "args": args, "kwargs": kwargs, "outputs": outputs})
 
-    def _argument(self, value: Any) -> Any:
+    def _operand(self, value: Any) -> object:
         if isinstance(value, fx.Node):
-            return self._view(_storage(value), self._fake_geometry(value)) if _is_tensor(value) else self.tuples[value]
+            if not _is_tensor(value):
+                raise self.nothing(f"it needs the results of {value.target} together")
+            return {"buffer": self._node_view(value)}
         if isinstance(value, torch.SymInt):
-            return self._integer(value)
-        return torch.device("cpu") if isinstance(value, torch.device) else value
+            return {"index": self._json(value)}
+        if isinstance(value, (list, tuple)):
+            return {"list": [self._operand(v) for v in value]}
+        return operand(plain_operand(torch.device("cpu") if isinstance(value, torch.device) else value))
 
     def _write_rows(self, node: fx.Node) -> None:
-        """flagtree.attention's first half: cache row start[b] + t of sequence b is the new row t."""
-        start = self._argument(node.args[5]).tolist()
+        """flagtree.attention's first half, as indexing: cache row start[b] + t of sequence b is the new row t, for every head."""
+        start = node.args[5]
+        assert isinstance(start, fx.Node)
         for cache_position, rows_position in self._caches(node).items():
-            cache, rows = self._argument(node.args[cache_position]), self._argument(node.args[rows_position])
-            for sequence, first in enumerate(start):
-                cache[sequence, :, first : first + rows.shape[2]].copy_(rows[sequence])
+            cache, rows = node.args[cache_position], node.args[rows_position]
+            assert isinstance(cache, fx.Node) and isinstance(rows, fx.Node)
+            batch, heads, tokens = (self._json(n) for n in rows.meta["val"].shape[:3])
+            places = [self._positions(f"{node.name}.{rows_position}.{k}", count, k) for k, count in enumerate((batch, heads, tokens))]
+            stride, offset = self._json(start.meta["val"].stride(0)), self._json(start.meta["val"].storage_offset())
+            first = self._view(_storage(start), "i64", [batch, 1, 1], [stride, 0, 0], offset)
+            row = self._own_view(f"{node.name}.{rows_position}.row", [batch, 1, tokens], [tokens, 0, 1])
+            self._call("aten.add.Tensor", [{"buffer": first}, {"buffer": places[2]}], row)
+            where = {"list": [{"buffer": places[0]}, {"buffer": places[1]}, {"buffer": row}]}
+            self._call("aten.index_put_.default", [{"buffer": self._node_view(cache)}, where, {"buffer": self._node_view(rows)}], None)
+
+    def _positions(self, storage: str, count: object, dimension: int) -> str:
+        """0, 1, …, count - 1 along one dimension of three."""
+        plain = self._own_view(storage, [count], [1])
+        self._call("aten.arange.default", [{"index": count}], plain)
+        shape: list[object] = [1, 1, 1]
+        strides: list[object] = [0, 0, 0]
+        shape[dimension], strides[dimension] = count, 1
+        return self._own_view(storage, shape, strides)
+
+    def _own_view(self, storage: str, shape: list[object], strides: list[object]) -> str:
+        name = f"v{len(self.views)}"
+        self.views[name] = {"storage": storage, "dtype": "i64", "shape": shape, "strides": strides, "offset": 0}
+        return name
+
+    def _call(self, callee: str, args: list[object], output: str | None) -> None:
+        self.steps.append({"extern": callee, "args": args, "kwargs": {}, "outputs": [output]})
+
+
+def storage_number(base: Mapping[int, fx.Node], storage: int) -> int:
+    """A storage's place in the graph: the same in every process, which its address is not."""
+    return list(base).index(storage)
 
 
 def _is_tensor(node: fx.Node) -> bool:
@@ -278,16 +299,3 @@ def _written(node: fx.Node) -> set[int]:
             value = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
             out |= {_storage(n) for n in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(n, fx.Node)}
     return out
-
-
-def _span(geometry: Geometry) -> int:
-    shape, strides, offset = geometry
-    return offset + (1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if all(shape) else 0)
-
-
-def _fill(place: Tensor, value: Tensor) -> None:
-    """Copy into a view; along a dimension of stride 0 all elements are one."""
-    for d, (size, stride) in enumerate(zip(place.shape, place.stride(), strict=True)):
-        if size > 1 and stride == 0:
-            place, value = place.narrow(d, 0, 1), value.narrow(d, 0, 1)
-    place.copy_(value)

@@ -254,14 +254,19 @@ class Lowering:
             return self.index(value)
         if isinstance(value, (list, tuple)):
             return tuple(self._operand(v) for v in value)
-        if isinstance(value, torch.dtype):
-            return TypeArg("dtype", FROM_TORCH.get(value) or str(value).removeprefix("torch."))
-        for kind, cls in (("device", torch.device), ("layout", torch.layout), ("memory_format", torch.memory_format)):
-            if isinstance(value, cls):
-                return TypeArg(kind, str(value).removeprefix("torch."))
-        if value is None or isinstance(value, (bool, int, float, str)):
-            return value
-        raise CaptureError(f"an operand of type {type(value).__name__} cannot be carried by an extern")
+        return plain_operand(value)
+
+
+def plain_operand(value: Any) -> Operand:
+    """An operand that holds no tensor and no size, for an extern.  CaptureError for one that has no place there."""
+    if isinstance(value, torch.dtype):
+        return TypeArg("dtype", FROM_TORCH.get(value) or str(value).removeprefix("torch."))
+    for kind, cls in (("device", torch.device), ("layout", torch.layout), ("memory_format", torch.memory_format)):
+        if isinstance(value, cls):
+            return TypeArg(kind, str(value).removeprefix("torch."))
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise CaptureError(f"an operand of type {type(value).__name__} cannot be carried by an extern")
 
 
 def _storage(fake: torch.Tensor) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,8 @@ import torch.nn.functional as F
 
 from flagtree.capture.model import capture
 from flagtree.capture.model_spec import ModelSpec
-from flagtree.check.eager import NoEager, eager_outputs
+from flagtree.check.eager import recipe_of
+from flagtree.check.recipe import NoEager, run_recipe
 from flagtree.ir.canonical import kernels
 from flagtree.ir.evaluate import torch_dtype
 from flagtree.ir.program import Kernel, Origin
@@ -45,6 +47,13 @@ class Memory:
         return torch.as_strided(root, shape, strides, root.storage_offset() + offset)
 
 
+def eager(traced: Traced, kernel: Kernel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The recipe of a kernel, after a trip through JSON, run on `tensors`."""
+    symbols = {n: n for n in traced.symbols}
+    recipe = recipe_of(traced.graph, traced.program, kernel, {n: n for n in tensors}, symbols, traced.lowered.symbols)
+    return run_recipe(json.loads(json.dumps(recipe, allow_nan=False)), tensors, traced.symbols)
+
+
 def check_kernels(traced: Traced) -> tuple[int, list[str]]:
     """(kernels replaced by eager, why the others were not); afterwards every output and every caller's buffer has eager's bits."""
     compared, refused, memory = 0, [], Memory(traced)
@@ -54,7 +63,7 @@ def check_kernels(traced: Traced) -> tuple[int, list[str]]:
             continue
         tensors = {n: memory.view(n) for n in dict.fromkeys((*step.reads, *step.writes))}
         try:
-            found = eager_outputs(traced.graph, traced.program, step, tensors, traced.symbols, traced.lowered.symbols)
+            found = eager(traced, step, tensors)
         except NoEager as error:
             refused.append(error.why)
             run_kernel(traced.program, step, tensors, traced.symbols)
@@ -155,4 +164,4 @@ def test_a_kernel_of_another_graph_is_refused() -> None:
     memory = Memory(traced)
     tensors = {n: memory.view(n) for n in (*kernel.reads, *kernel.writes)}
     with pytest.raises(NoEager, match="no call of the captured graph"):
-        eager_outputs(traced.graph, traced.program, stranger, tensors, traced.symbols, traced.lowered.symbols)
+        eager(traced, stranger, tensors)
