@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -89,8 +89,8 @@ def assemble(parts: Mapping[str, CapturedPart], target: Target, jobs: int, progr
     reports = {name: _report(name, g, target, built) for name, g in generated.items()}
     content = {
         "parts": {name: launch_list(g.program, g.kernels) for name, g in generated.items()},
-        "kernels": [built[d] for d in sorted(built)],
-        "libraries": _libraries(target, built),
+        "kernels": [replace(built[d], files={**built[d].files, **evidence.files[d]}) for d in sorted(built)],
+        "libraries": libraries_of(target, built),
         "constants": _constants(parts),
         "coverage": _coverage(generated, reports),
         "versions": versions(target),
@@ -107,7 +107,7 @@ def _report(name: str, g: GeneratedPart, target: Target, built: Mapping[str, Bui
     return part_report(name, target.name, g.program, digests, told, before.node_bytes(), inner, g.part.reference)
 
 
-def _libraries(target: Target, built: Mapping[str, BuiltKernel]) -> dict[str, bytes]:
+def libraries_of(target: Target, built: Mapping[str, BuiltKernel]) -> dict[str, bytes]:
     """One shared object a level, from the objects that every kernel has."""
     link = getattr(toolchain_of(target), "link", None)
     if link is None or not built:

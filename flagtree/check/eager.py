@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from flagtree.check.recipe import FORMAT, NoEager, no_eager
-from flagtree.codegen.launch import operand
+from flagtree.codegen import launch
 from flagtree.ir.canonical import Isolated
 from flagtree.ir.evaluate import IR_NAMES
 from flagtree.ir.gemm import PRODUCT, is_product
@@ -232,7 +232,7 @@ class _Writer:
             return {"index": self._json(value)}
         if isinstance(value, (list, tuple)):
             return {"list": [self._operand(v) for v in value]}
-        return operand(plain_operand(torch.device("cpu") if isinstance(value, torch.device) else value))
+        return launch.operand(plain_operand(torch.device("cpu") if isinstance(value, torch.device) else value))
 
     def _write_rows(self, node: fx.Node) -> None:
         """flagtree.attention's first half, as indexing: cache row start[b] + t of sequence b is the new row t, for every head."""

@@ -7,14 +7,17 @@ evidence says so.  Called by flagtree/assemble.py before the bundle is written: 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from flagtree.artifact.store import Store
 from flagtree.check.certify import Subject, certify
 from flagtree.check.eager import eager_of
+from flagtree.check.recipe import NoEager
+from flagtree.check.stored import Description, kernel_files, subject_of
 from flagtree.errors import FlagtreeError
-from flagtree.ir.canonical import digest, isolate_all
+from flagtree.ir.canonical import Isolated, digest, isolate_all
+from flagtree.ir.program import Kernel, Program
 from flagtree.passes.pipeline import pipeline, run_pipeline
 from flagtree.progress import SILENT, Progress
 from flagtree.targets import all_targets
@@ -28,36 +31,45 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """`content`: the certificate's evidence.  `executed`: how a kernel was run to the number of distinct kernels run that way."""
+    """`content`: the certificate's evidence.  `executed`: how a kernel was run to the number of distinct kernels run that way.
+    `files`: by digest, what the bundle must hold so that `verify` can repeat it."""
 
     content: Mapping[str, object]
     executed: Mapping[str, int]
+    files: Mapping[str, Mapping[str, bytes]]
 
 
 def gather(
     generated: Mapping[str, GeneratedPart], built: Mapping[str, BuiltKernel], target: Target, jobs: int, progress: Progress, store: Store
 ) -> Gathered:
     """Evidence for every kernel of `built` (by digest).  Raises WrongKernel."""
-    subjects: dict[str, Subject] = {}
+    described: dict[str, Description] = {}
     for part in generated.values():
         # the folded program has lost which layer a buffer stood for; the captured depth has a node for each
         program, _ = run_pipeline(part.part.lowered.program, pipeline(target), target, check=False)
         for kernel, alone in isolate_all(program):
-            eager = eager_of(part.part.graph, program, kernel, alone, part.part.lowered.symbols)
-            subjects.setdefault(key := digest(alone.program), Subject(key, alone, kernel, None, eager))
+            if (key := digest(alone.program)) not in described:
+                described[key] = _described(part, program, kernel, alone)
         for kernel, alone, key in part.originals():
-            subjects.setdefault(key, Subject(key, alone, kernel, None, uncompared="the kernel is not one of the captured depth"))
-    wanted = [subjects[key] for key in sorted(built)]
-    evidence = certify([_with_code(s, c, why) for s, (c, why) in zip(wanted, _code(wanted, built, target, jobs, store), strict=True)],
+            described.setdefault(key, Description(kernel, alone, None, "the kernel is not one of the captured depth"))
+    wanted = [subject_of(key, described[key]) for key in sorted(built)]
+    evidence = certify([_with_code(s, c, why) for s, (c, why) in zip(wanted, code_for(wanted, built, target, jobs, store), strict=True)],
                        target, jobs=jobs, progress=progress)  # fmt: skip
-    return Gathered(evidence.to_dict(), evidence.executed)
+    return Gathered(evidence.to_dict(), evidence.executed, {key: kernel_files(described[key]) for key in built})
+
+
+def _described(part: GeneratedPart, program: Program, kernel: Kernel, alone: Isolated) -> Description:
+    try:
+        return Description(kernel, alone, eager_of(part.part.graph, program, kernel, alone, part.part.lowered.symbols))
+    except NoEager as error:
+        return Description(kernel, alone, None, error.why)
 
 
 def _with_code(subject: Subject, code: BuiltKernel | None, why: str) -> Subject:
-    return Subject(subject.digest, subject.isolated, subject.kernel, code, subject.eager, why, subject.uncompared)
+    return replace(subject, built=code, unbuilt=why)
 
 
-def _code(
+def code_for(
     subjects: list[Subject], built: Mapping[str, BuiltKernel], target: Target, jobs: int, store: Store
 ) -> list[tuple[BuiltKernel | None, str]]:
     """What to execute for each subject, or why nothing can be."""

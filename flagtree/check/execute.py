@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -18,10 +19,12 @@ from flagtree.runtime.cpu import CpuLibrary, levels, load_library
 from flagtree.targets.base import Target
 from flagtree.toolchain import cxx, emulator
 from flagtree.toolchain.base import BuiltKernel
+from flagtree.toolchain.emulator_memory import PROMISED
 
 EMULATED = "maca-ir (emulated)"
 EMULATED_FOR_ANOTHER = "same TTIR through MACA lowering; ptx/hsaco not executed"
 VARIANTS = ("aligned", "generic")
+Route = Callable[[Sequence[Operand], Sequence[int]], None]
 SECONDS = 120.0  # limit of one emulated run
 
 
@@ -36,14 +39,18 @@ class Differs(FlagtreeError):
 class Executor:
     """Runs kernels of one target.  `ways(built)` says how a kernel is executed, `run` does it in all those ways."""
 
-    def __init__(self, built: Sequence[BuiltKernel], target: Target) -> None:
+    def __init__(self, built: Sequence[BuiltKernel], target: Target, libraries: Mapping[str, bytes] | None = None) -> None:
+        """`libraries`: a bundle's shared objects by level, which are what runs then; without them the kernels' objects are linked."""
         present = [b for b in built if any(f"{level}.o" in b.files for level in levels())]
-        self.libraries: dict[str, CpuLibrary] = {}
-        for level in levels():
+        self.linked = libraries is None
+        self.libraries: dict[str, CpuLibrary] = {
+            level: load_library(data, f"lib/{level}.so") for level in levels() if (data := (libraries or {}).get(level)) is not None
+        }
+        for level in levels() if self.linked else ():
             objects = [(b.digest, b.files[f"{level}.o"]) for b in present if f"{level}.o" in b.files]
             if objects:
                 self.libraries[level] = load_library(cxx.link(objects, level), "kernels under test")
-        needs_emulator = any(self._variants(b) for b in built)
+        needs_emulator = any(self.variants(b) for b in built)
         self.no_emulator = emulator.missing() if needs_emulator else ""
         self.uses_emulator = needs_emulator and not self.no_emulator
         own = needs_emulator and target.probe().executes == "emulator"
@@ -51,25 +58,26 @@ class Executor:
 
     def versions(self) -> dict[str, str]:
         """Of the tools that made what runs."""
-        found = {"c++": cxx.find_compiler().version} if self.libraries or self.uses_emulator else {}
+        linked = self.libraries and self.linked
+        found = {"c++": cxx.find_compiler().version} if linked or self.uses_emulator else {}
         if self.uses_emulator:
             found["triton"] = importlib.metadata.version("triton")
         return found
 
     @staticmethod
-    def _variants(built: BuiltKernel) -> list[str]:
+    def variants(built: BuiltKernel) -> list[str]:
         return [v for v in VARIANTS if f"{v}.llir" in built.files]
 
-    def _levels(self, built: BuiltKernel) -> list[str]:
+    def levels(self, built: BuiltKernel) -> list[str]:
         return [level for level in self.libraries if f"{level}.o" in built.files]
 
     def ways(self, built: BuiltKernel | None) -> list[str]:
         """How a kernel is executed.  Raises Unexecuted."""
         if built is None:
             raise Unexecuted("the kernel is not executed", why="it was not built in a form that runs here")
-        if found := self._levels(built):
+        if found := self.levels(built):
             return [f"native {level}" for level in found]
-        if not self._variants(built):
+        if not self.variants(built):
             here = ", ".join(levels()) or "no known level"
             raise Unexecuted("the kernel is not executed", why=f"its files are {', '.join(sorted(built.files))}; this CPU executes {here}")
         if self.no_emulator:
@@ -78,22 +86,32 @@ class Executor:
 
     def run(self, built: BuiltKernel, operands: Mapping[str, Operand], symbols: Mapping[str, int]) -> dict[str, Operand]:
         """The operands after the kernel.  Raises Differs, or ToolchainError for what the emulator found."""
-        native = self._levels(built)
         out: dict[str, Operand] | None = None
-        for way in native or self._variants(built):
+        first = ""
+        for way, execute in self._routes(built, operands, symbols):
             here = {name: operand.clone() for name, operand in operands.items()}
-            if native:
-                self._native(built.digest, way, list(here.values()), list(symbols.values()))
-            else:
-                self._emulate(built, way, list(here.values()), list(symbols.values()))
+            execute(list(here.values()), list(symbols.values()))
             if out is not None:
-                self._same(out, here, (native or self._variants(built))[0], way)
-            out = here if out is None else out
+                self._same(out, here, first, way)
+            else:
+                out, first = here, way
         assert out is not None
         return out
 
+    def _routes(self, built: BuiltKernel, operands: Mapping[str, Operand], symbols: Mapping[str, int]) -> list[tuple[str, Route]]:
+        """Every way to run the kernel on these operands, all of which must give the same bits; a device that is here adds its own."""
+        if native := self.levels(built):
+            return [(level, partial(self._native, built.digest, level)) for level in native]
+        tensors = {name: operand.tensor.data_ptr() for name, operand in operands.items()}
+        fitting = [v for v in self.variants(built) if fits(built, v, {**tensors, **symbols})]
+        return [(variant, partial(self._emulate, built, variant)) for variant in fitting]
+
     def _native(self, digest: str, level: str, operands: Sequence[Operand], symbols: Sequence[int]) -> None:
-        pointers = (ctypes.c_void_p * max(1, len(operands)))(*(o.tensor.data_ptr() for o in operands))
+        self.native(digest, level, [o.tensor for o in operands], symbols)
+
+    def native(self, digest: str, level: str, tensors: Sequence[torch.Tensor], symbols: Sequence[int]) -> None:
+        """Call the kernel's code of one level on b0, b1, … and the values of n0, n1, …"""
+        pointers = (ctypes.c_void_p * max(1, len(tensors)))(*(t.data_ptr() for t in tensors))
         numbers = (ctypes.c_int64 * max(1, len(symbols)))(*symbols)
         self.libraries[level].kernel(digest)(ctypes.addressof(pointers), ctypes.addressof(numbers))
 
@@ -101,9 +119,21 @@ class Executor:
         emulator.execute_built(built, variant, [o.tensor for o in operands], symbols, seconds=SECONDS)
 
     def _same(self, first: Mapping[str, Operand], second: Mapping[str, Operand], one: str, other: str) -> None:
+        """Equal bits; a NaN is one value, whose sign and payload IEEE 754 leaves to the instruction that makes it."""
         for name, operand in first.items():
-            a, b = (o.memory.view(torch.uint8) for o in (operand, second[name]))
-            if not torch.equal(a, b):
-                why = f"buffer {name}: {int((a != b).sum())} bytes of {a.numel()} differ"
+            if differing := different(operand.memory, second[name].memory):
+                why = f"buffer {name}: {differing} elements of {operand.memory.numel()} differ"
                 raise Differs(f"{one} and {other} give different bits", why=why)
 
+
+def different(a: torch.Tensor, b: torch.Tensor) -> int:
+    """The number of elements of other bits, where not both are NaN."""
+    size = a.element_size()
+    unequal = (a.view(torch.uint8).view(-1, size) != b.view(torch.uint8).view(-1, size)).any(1)
+    return int((unequal & ~((a != a) & (b != b))).sum()) if bool(unequal.any()) else 0
+
+
+def fits(built: BuiltKernel, variant: str, values: Mapping[str, int]) -> bool:
+    """Would the launcher choose the variant for these addresses and symbols?"""
+    variants: Mapping[str, Mapping[str, Sequence[str]]] = built.launch["variants"]  # type: ignore[assignment]
+    return all(values.get(name, 0) % PROMISED == 0 for name in variants[variant]["requires"])

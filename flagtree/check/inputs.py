@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from flagtree.check.regimes import floats
 from flagtree.ir.bounds import Bounds
 from flagtree.ir.dtypes import DTYPES
 from flagtree.ir.evaluate import torch_dtype
@@ -26,24 +27,19 @@ _ORDINARY_INTEGERS = (-64, 63)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Operand:
-    """One buffer: `memory` is one-dimensional, with GUARD elements on both sides of what `tensor` reaches."""
+    """One buffer: `memory` is one-dimensional, with at least GUARD elements on both sides of what `tensor` reaches from `start` on."""
 
     memory: Tensor
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    start: int = GUARD
 
     @property
     def tensor(self) -> Tensor:
-        return torch.as_strided(self.memory, self.shape, self.strides, GUARD)
+        return torch.as_strided(self.memory, self.shape, self.strides, self.start)
 
     def clone(self) -> Operand:
-        return Operand(self.memory.clone(), self.shape, self.strides)
-
-    def outside(self) -> Tensor:
-        """The elements of the memory that no index of the tensor reaches: guards, and gaps between rows."""
-        reached = torch.zeros(self.memory.shape, dtype=torch.bool)
-        torch.as_strided(reached, self.shape, self.strides, GUARD).fill_(True)
-        return self.memory[~reached]
+        return Operand(self.memory.clone(), self.shape, self.strides, self.start)
 
 
 # -- sizes -----------------------------------------------------------------------------------------------------------
@@ -98,9 +94,10 @@ def _fitting(symbol: Symbol, value: int) -> int:
 
 
 # -- tensors ---------------------------------------------------------------------------------------------------------
-def make_operands(program: Program, symbols: Mapping[str, int], seed: int, scale: float = 1.0) -> dict[str, Operand]:
-    """A tensor for each buffer of an isolated kernel, in its dtype, shape and strides: normal floats times `scale` (positive where a
-    root or a logarithm needs it), integers in the range that the accesses allow, random bools."""
+def make_operands(program: Program, symbols: Mapping[str, int], seed: int, kind: str = "ordinary", shift: int = 0) -> dict[str, Operand]:
+    """A tensor for each buffer of an isolated kernel, in its dtype, shape and strides: floats of a `kind` (check/regimes.py; positive
+    where a root or a logarithm needs it), integers in the range that the accesses allow, random bools.  `shift`: elements by which
+    each tensor stands behind an address divisible by 64."""
     kernel = program.steps[0]
     assert isinstance(kernel, Kernel)
     generator = torch.Generator().manual_seed(seed)
@@ -109,8 +106,8 @@ def make_operands(program: Program, symbols: Mapping[str, int], seed: int, scale
     for buffer in program.buffers:
         shape, strides = (tuple(e.evaluate(symbols) for e in part) for part in (buffer.shape, buffer.layout))
         span = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if all(shape) else 0
-        memory = _values(buffer, span + 2 * GUARD, generator, scale, limits[buffer.name])
-        out[buffer.name] = Operand(memory, shape, strides)
+        memory = _values(buffer, span + 2 * GUARD + shift, generator, kind, limits[buffer.name])
+        out[buffer.name] = Operand(memory, shape, strides, GUARD + shift)
         if buffer.role == "temp":
             out[buffer.name].tensor.fill_(unwritten(memory.dtype))
     return out
@@ -139,11 +136,10 @@ def value_limits(program: Program, kernel: Kernel, symbols: Mapping[str, int]) -
     return out
 
 
-def _values(buffer: Buffer, count: int, generator: torch.Generator, scale: float, limits: Limits) -> Tensor:
+def _values(buffer: Buffer, count: int, generator: torch.Generator, kind: str, limits: Limits) -> Tensor:
     facts, dtype = DTYPES[buffer.dtype], torch_dtype(buffer.dtype)
     if facts.is_float:
-        normal = torch.randn(count, generator=generator, dtype=torch.float64 if facts.bits == 64 else torch.float32) * scale
-        return (normal.abs() + scale / 16 if limits.positive else normal).to(dtype)
+        return floats(kind, count, generator, buffer.dtype, limits.positive).to(dtype)
     if facts.kind == "bool":
         return torch.randint(0, 2, (count,), generator=generator).to(torch.bool)
     return torch.randint(limits.low, limits.high + 1, (count,), generator=generator).to(dtype)

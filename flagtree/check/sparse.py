@@ -6,15 +6,20 @@ the upper end of symbols' ranges: check/upper.py in the emulator, check/upper_na
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
+from flagtree.check.enclosure import Enclosed, enclose
+from flagtree.check.execute import different
 from flagtree.check.inputs import unwritten
+from flagtree.check.points import kernel_of
 from flagtree.check.positions import Positions
-from flagtree.errors import FlagtreeError
-from flagtree.ir.program import Buffer, Kernel, Program
+from flagtree.check.stated import Stated
+from flagtree.errors import FlagtreeError, IRError
+from flagtree.ir.program import Buffer, Program
 from flagtree.ir.sample import stores_at
 
 Tensor = torch.Tensor
@@ -27,14 +32,15 @@ class Strays(FlagtreeError):
 @dataclass(frozen=True, slots=True)
 class Sampled:
     """What was stored at chosen points, by buffer: `ours` executed, `own` by the interpreter in the kernel's dtypes, `truth` in float64;
-    each one-dimensional, element for element.  `places`: the blocks that ran, or the points that were looked at.  `ways`: the variants
-    or CPU levels that ran, all with these bits."""
+    each one-dimensional, element for element; `enclosed`: where `ours` must lie (check/enclosure.py), empty where nothing is stated.
+    `what`: the blocks that ran, or the points that were looked at.  `ways`: the variants or CPU levels that ran, all with these bits."""
 
-    places: tuple[object, ...]
+    what: str
     ways: tuple[str, ...]
     ours: Mapping[str, Tensor]
     own: Mapping[str, Tensor]
     truth: Mapping[str, Tensor]
+    enclosed: Mapping[str, Enclosed]
 
 
 class Expected:
@@ -42,9 +48,8 @@ class Expected:
     and what they must store: `own` by the interpreter in the kernel's dtypes, `truth` in float64."""
 
     def __init__(self, program: Program, symbols: Mapping[str, int], flat: Mapping[str, Tensor], points: Mapping[str, Tensor],
-                 seed: int) -> None:  # fmt: skip
-        kernel = program.steps[0]
-        assert isinstance(kernel, Kernel)
+                 seed: int, stated: Stated) -> None:  # fmt: skip
+        kernel = kernel_of(program)
         self.flat, positions = flat, Positions(program, symbols, seed)
         tensors = {b.name: torch.as_strided(flat[b.name], *_geometry(b, symbols)) for b in program.buffers}
 
@@ -53,6 +58,9 @@ class Expected:
 
         self.own = stores_at(program, kernel, tensors, symbols, points, reading=fill)
         self.truth = stores_at(program, kernel, tensors, symbols, points, precise=True)
+        self.enclosed: dict[str, Enclosed] = {}
+        with contextlib.suppress(IRError):  # a combiner without a stated bound
+            self.enclosed = enclose(program, kernel, tensors, symbols, points, stated)
         for name, stored in self.own.items():
             if program.buffer(name).role == "temp":
                 self.flat[name][stored.offsets] = unwritten(self.flat[name].dtype)
@@ -67,9 +75,10 @@ class Expected:
         for name, stored in self.own.items():
             self.flat[name][stored.offsets] = self.before[name]
 
-    def sampled(self, ours: Mapping[str, Tensor], places: tuple[object, ...], ways: tuple[str, ...]) -> Sampled:
+    def sampled(self, ours: Mapping[str, Tensor], what: str, ways: tuple[str, ...]) -> Sampled:
+        """The record of what was executed."""
         own, truth = ({name: s.values for name, s in found.items()} for found in (self.own, self.truth))
-        return Sampled(places, ways, ours, own, truth)
+        return Sampled(what, ways, ours, own, truth, self.enclosed)
 
 
 def _geometry(buffer: Buffer, symbols: Mapping[str, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -85,4 +94,4 @@ def elements(buffer: Buffer, symbols: Mapping[str, int]) -> int:
 
 def same_bits(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> str:
     """The first buffer in which two runs differ, "" when there is none."""
-    return next((n for n, v in first.items() if not torch.equal(v.view(torch.uint8), second[n].view(torch.uint8))), "")
+    return next((n for n, v in first.items() if different(v, second[n])), "")

@@ -11,7 +11,10 @@ from functools import partial
 
 import torch
 
+from flagtree.check.execute import fits
+from flagtree.check.points import kernel_of
 from flagtree.check.sparse import Expected, Sampled, Strays, elements, same_bits
+from flagtree.check.stated import Stated, stated_gpu
 from flagtree.codegen.triton_points import Instances
 from flagtree.ir.evaluate import torch_dtype
 from flagtree.ir.program import Program
@@ -21,12 +24,11 @@ from flagtree.toolchain.emulator_sparse import Pages, SparseMemory
 
 Tensor = torch.Tensor
 BLOCKS = 5
-ALIGNMENT = 16
 
 
 def run_blocks(
     program: Program, built: BuiltKernel, symbols: Mapping[str, int], seed: int, count: int = BLOCKS,
-    orders: Sequence[str] = emulator.ORDERS, seconds: float = 120,
+    orders: Sequence[str] = emulator.ORDERS, seconds: float = 120, stated: Stated | None = None,
 ) -> Sampled:  # fmt: skip
     """Execute `count` blocks of the isolated kernel `program`, built by `toolchain.maca`, in each variant and each of `orders`.
 
@@ -34,6 +36,7 @@ def run_blocks(
     a kernel whose stores accumulate.
     """
     values = list(symbols.values())
+    stated = stated or stated_gpu(kernel_of(program), int(built.launch["threads"]))  # type: ignore[call-overload]
     instances = Instances(program, symbols)
     grid = tuple(emulator.grid_of(built, values))
     if grid != instances.grid:
@@ -41,16 +44,16 @@ def run_blocks(
     blocks = emulator.sample_blocks(grid, count, seed)
     points = [point for block in blocks for point in instances.points(block)]
     columns = {name: torch.tensor([p[name] for p in points]) for name in points[0]}
-    variants = [v for v in ("aligned", "generic") if f"{v}.llir" in built.files and _fits(built, v, symbols)]
+    variants = [v for v in ("aligned", "generic") if f"{v}.llir" in built.files and fits(built, v, symbols)]
     first: Sampled | None = None
     for variant in variants:
         spans = [(elements(b, symbols), torch_dtype(b.dtype)) for b in program.buffers]
         with SparseMemory(spans, shift=0 if variant == "aligned" else 1) as memory:
             flat = {b.name: memory.tensors[i] for i, b in enumerate(program.buffers)}
-            expected = Expected(program, symbols, flat, columns, seed)
+            expected = Expected(program, symbols, flat, columns, seed, stated)
             run = partial(emulator.execute_in, built, variant, memory, values, blocks, seconds=seconds)
             ours = _in_all_orders(memory, expected, run, orders, variant)
-            found = expected.sampled(ours, tuple(blocks), tuple(variants))
+            found = expected.sampled(ours, f"blocks {_listed(blocks)} of {grid}", tuple(variants))
         if first is not None and (name := same_bits(first.ours, found.ours)):
             raise Strays(f"{' and '.join(variants)} give different bits", why=f"in buffer {name}")
         first = first or found
@@ -89,8 +92,7 @@ def _nothing_else(memory: SparseMemory, start: Pages) -> None:
         )  # fmt: skip
 
 
-def _fits(built: BuiltKernel, variant: str, symbols: Mapping[str, int]) -> bool:
-    """Would the launcher choose the variant at these sizes, all pointers being aligned?"""
-    variants: Mapping[str, Mapping[str, Sequence[str]]] = built.launch["variants"]  # type: ignore[assignment]
-    return all(symbols.get(name, 0) % ALIGNMENT == 0 for name in variants[variant]["requires"])
-
+def _listed(blocks: Sequence[tuple[int, int, int]]) -> str:
+    """Blocks as a reader wants them: a number where the grid has one dimension."""
+    flat = not any(y or z for _, y, z in blocks)
+    return ", ".join(str(x) if flat else f"({x}, {y}, {z})" for x, y, z in blocks)

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from flagtree import __version__
-from flagtree.cli import cache, compile, explain, finalize, inspect, interrupt, models, opt, targets
+from flagtree.cli import cache, compile, explain, finalize, inspect, interrupt, models, opt, targets, verify
 from flagtree.errors import FlagtreeError
 
 DESCRIPTION = """Compile PyTorch models to checked bundles of fused kernels, for chips that need not be here.
@@ -25,7 +25,7 @@ app = typer.Typer(
     name="flagtree", help=DESCRIPTION, no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]}, add_completion=False,
 )
-for name, module in (("compile", compile), ("finalize", finalize), ("inspect", inspect), ("explain", explain),
+for name, module in (("compile", compile), ("finalize", finalize), ("inspect", inspect), ("verify", verify), ("explain", explain),
                      ("models", models), ("targets", targets), ("opt", opt), ("cache", cache)):
     app.command(name, epilog=module.EXAMPLES)(module.run)
 

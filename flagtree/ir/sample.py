@@ -38,12 +38,12 @@ def stores_at(
     is told (buffer, element offsets) before each load.  Raises IRError as `run_kernel`, and for a store that accumulates: its
     result depends on points that are not asked for.
     """
-    walk = _Sampled(kernel, tensors, symbols, precise, points, reading)
+    walk = Sampled(kernel, tensors, symbols, precise, points, reading)
     walk.run(program.name)
     return {name: Stored(*(torch.cat(parts) for parts in zip(*found, strict=True))) for name, found in walk.found.items()}
 
 
-class _Sampled(Walk):
+class Sampled(Walk):
     """All parallel axes lie along the first dimension of every value, each reduced axis along its own."""
 
     def __init__(self, kernel: Kernel, tensors: Mapping[str, Tensor], symbols: Mapping[str, int], precise: bool,

@@ -81,25 +81,29 @@ class Walk:
             self.store(op)
 
     # -- values ------------------------------------------------------------------------------------------------------
-    def operand(self, arg: Arg, dtype: str, work: torch.dtype) -> Tensor:
+    def operand(self, arg: Arg, dtype: str, work: torch.dtype, values: Mapping[str, Tensor] | None = None) -> Tensor:
+        """An operand in `work`: a literal of type `dtype`, or a value, from `values` if given."""
         if isinstance(arg, str):
-            return self.values[arg].to(work)
+            return (self.values if values is None else values)[arg].to(work)
         return torch.full([1] * len(self.extents), arg, dtype=self.held(dtype)).to(work)
 
-    def compute(self, op: Compute) -> Tensor:
+    def compute(self, op: Compute, values: Mapping[str, Tensor] | None = None) -> Tensor:
+        dtype, work = self.working(op)
+        args = [self.operand(a, dtype, work, values) for a in (op.args[1:] if op.op == "where" else op.args)]
+        if op.op == "where":
+            args.insert(0, self.operand(op.args[0], "b1", torch.bool, values))
+        return compute(op.op, args, torch_dtype(op.dtype) if op.op == "bitcast" else self.held(op.dtype))
+
+    def working(self, op: Compute) -> tuple[str, torch.dtype]:
+        """(dtype of the operands, torch type in which the operation is done)."""
         typed = op.args[1:] if op.op == "where" else op.args
         named = [self.dtypes[a] for a in typed if isinstance(a, str)]
         dtype = named[0] if named else op.dtype if OPS[op.op].result == "same" else _natural(typed[0])
         if op.op == "bitcast":
-            bits = self.operand(op.args[0], dtype, torch_dtype(dtype))
-            return compute("bitcast", (bits,), torch_dtype(op.dtype))
+            return dtype, torch_dtype(dtype)
         if op.op == "cast":
-            return self.operand(op.args[0], dtype, self.held(dtype)).to(self.held(op.dtype))
-        work = self.held(opmath(dtype)) if DTYPES[dtype].is_float else torch_dtype(dtype)
-        args = [self.operand(a, dtype, work) for a in typed]
-        if op.op == "where":
-            args.insert(0, self.operand(op.args[0], "b1", torch.bool))
-        return compute(op.op, args, self.held(op.dtype))
+            return dtype, self.held(dtype)
+        return dtype, self.held(opmath(dtype)) if DTYPES[dtype].is_float else torch_dtype(dtype)
 
     def accumulator(self, dtype: str) -> torch.dtype:
         if self.precise and DTYPES[dtype].is_float:

@@ -104,11 +104,14 @@ def test_equal_seed_equal_bits() -> None:
 def test_only_written_memory_starts_as_nan_between_guards() -> None:
     operand = make_operands(alone(LABELS), {"n0": 5}, 7)["b2"]
     assert bool(torch.isnan(operand.tensor).all())
-    assert operand.outside().numel() == 2 * GUARD and not bool(torch.isnan(operand.outside()).any())
+    outside = torch.cat([operand.memory[:GUARD], operand.memory[GUARD + 5 :]])
+    assert outside.numel() == 2 * GUARD and not bool(torch.isnan(outside).any())
     assert operand.tensor.data_ptr() % 64 == 0
+    shifted = make_operands(alone(LABELS), {"n0": 5}, 7, shift=1)
+    assert all(o.tensor.data_ptr() % 64 == o.memory.element_size() for o in shifted.values())
 
 
 def test_scale() -> None:
     program = alone(LABELS.replace("log", "abs"))
-    x = make_operands(program, {"n0": 64}, 7, 2.0**-10)["b1"].tensor
+    x = make_operands(program, {"n0": 64}, 7, "ordinary, small")["b1"].tensor
     assert float(x.std()) == pytest.approx(2.0**-10, rel=0.1)

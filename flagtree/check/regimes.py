@@ -1,0 +1,54 @@
+"""Kinds of floating point inputs: ordinary ones, and those at which kernels go wrong.
+
+Equal kind, count, generator and dtype give equal bits.  Every kind holds enough ordinary values that a kernel still computes something.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from flagtree.check.accuracy import smallest_normal_exponent
+from flagtree.ir.dtypes import DTYPES
+
+Tensor = torch.Tensor
+SMALL = 2.0**-10  # of ordinary size: an epsilon counts as much as the data, and a wrong one does not show at magnitude 1
+KINDS = ("ordinary", "ordinary, small", "wide range", "cancelling", "denormal", "zero", "inf", "NaN")
+ORDINARY = frozenset({"ordinary", "ordinary, small"})  # of one magnitude, so that a root-mean-square error means something
+_RARE = 997  # one special value among so many, at least one
+
+
+def floats(kind: str, count: int, generator: torch.Generator, dtype: str, positive: bool) -> Tensor:
+    """`count` numbers of a kind for a buffer of `dtype`, in f32 or f64; `positive`: for the operand of a root or a logarithm."""
+    facts = DTYPES[dtype]
+    normal = torch.randn(count, generator=generator, dtype=torch.float64 if facts.bits == 64 else torch.float32)
+    if positive:
+        normal = normal.abs() + 1 / 16
+    lowest = smallest_normal_exponent(facts)
+    match kind:
+        case "ordinary, small":
+            return normal * SMALL
+        case "wide range":  # products of two stay in range, sums of squares need not
+            exponents = torch.randint(lowest // 2, -lowest // 2, (count,), generator=generator)
+            return torch.ldexp(normal, exponents)
+        case "cancelling":  # large values of both signs that differ little in magnitude
+            signs = 1 - 2 * torch.randint(0, 2, (count,), generator=generator)
+            return (64 + normal.abs() / 8) * (1 if positive else signs)
+        case "denormal":
+            return torch.ldexp(normal, torch.full((count,), lowest - 2))
+        case "zero":
+            zero = normal * 0.0 if positive else torch.copysign(torch.zeros_like(normal), normal)
+            return torch.where(_rare(count, generator), normal, zero)
+        case "inf":
+            return torch.where(_rare(count, generator), torch.copysign(torch.full_like(normal, math.inf), normal), normal)
+        case "NaN":
+            return torch.where(_rare(count, generator), math.nan, normal)
+    return normal
+
+
+def _rare(count: int, generator: torch.Generator) -> Tensor:
+    chosen = torch.zeros(count, dtype=torch.bool)
+    if count:
+        chosen[torch.randint(0, count, (count // _RARE + 1,), generator=generator)] = True
+    return chosen
