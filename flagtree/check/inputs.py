@@ -106,7 +106,7 @@ def make_operands(program: Program, symbols: Mapping[str, int], seed: int, kind:
     for buffer in program.buffers:
         shape, strides = (tuple(e.evaluate(symbols) for e in part) for part in (buffer.shape, buffer.layout))
         span = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if all(shape) else 0
-        memory = _values(buffer, span + 2 * GUARD + shift, generator, kind, limits[buffer.name])
+        memory = _values(buffer, span + 2 * GUARD + shift, generator, kind, limits[buffer.name], range(GUARD + shift, GUARD + shift + span))
         out[buffer.name] = Operand(memory, shape, strides, GUARD + shift)
         if buffer.role == "temp":
             out[buffer.name].tensor.fill_(unwritten(memory.dtype))
@@ -136,10 +136,10 @@ def value_limits(program: Program, kernel: Kernel, symbols: Mapping[str, int]) -
     return out
 
 
-def _values(buffer: Buffer, count: int, generator: torch.Generator, kind: str, limits: Limits) -> Tensor:
+def _values(buffer: Buffer, count: int, generator: torch.Generator, kind: str, limits: Limits, inside: range) -> Tensor:
     facts, dtype = DTYPES[buffer.dtype], torch_dtype(buffer.dtype)
     if facts.is_float:
-        return floats(kind, count, generator, buffer.dtype, limits.positive).to(dtype)
+        return floats(kind, count, generator, buffer.dtype, limits.positive, inside).to(dtype)
     if facts.kind == "bool":
         return torch.randint(0, 2, (count,), generator=generator).to(torch.bool)
     return torch.randint(limits.low, limits.high + 1, (count,), generator=generator).to(dtype)

@@ -19,8 +19,9 @@ ORDINARY = frozenset({"ordinary", "ordinary, small"})  # of one magnitude, so th
 _RARE = 997  # one special value among so many, at least one
 
 
-def floats(kind: str, count: int, generator: torch.Generator, dtype: str, positive: bool) -> Tensor:
-    """`count` numbers of a kind for a buffer of `dtype`, in f32 or f64; `positive`: for the operand of a root or a logarithm."""
+def floats(kind: str, count: int, generator: torch.Generator, dtype: str, positive: bool, inside: range) -> Tensor:
+    """`count` numbers of a kind for a buffer of `dtype`, in f32 or f64; `positive`: for the operand of a root or a logarithm; `inside`:
+    where the tensor is, in which at least one special value must lie."""
     facts = DTYPES[dtype]
     normal = torch.randn(count, generator=generator, dtype=torch.float64 if facts.bits == 64 else torch.float32)
     if positive:
@@ -39,16 +40,16 @@ def floats(kind: str, count: int, generator: torch.Generator, dtype: str, positi
             return torch.ldexp(normal, torch.full((count,), lowest - 2))
         case "zero":
             zero = normal * 0.0 if positive else torch.copysign(torch.zeros_like(normal), normal)
-            return torch.where(_rare(count, generator), normal, zero)
+            return torch.where(_rare(count, generator, inside), normal, zero)
         case "inf":
-            return torch.where(_rare(count, generator), torch.copysign(torch.full_like(normal, math.inf), normal), normal)
+            return torch.where(_rare(count, generator, inside), torch.copysign(torch.full_like(normal, math.inf), normal), normal)
         case "NaN":
-            return torch.where(_rare(count, generator), math.nan, normal)
+            return torch.where(_rare(count, generator, inside), math.nan, normal)
     return normal
 
 
-def _rare(count: int, generator: torch.Generator) -> Tensor:
+def _rare(count: int, generator: torch.Generator, inside: range) -> Tensor:
     chosen = torch.zeros(count, dtype=torch.bool)
-    if count:
-        chosen[torch.randint(0, count, (count // _RARE + 1,), generator=generator)] = True
+    if inside:
+        chosen[torch.randint(inside.start, inside.stop, (len(inside) // _RARE + 1,), generator=generator)] = True
     return chosen

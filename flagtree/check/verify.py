@@ -19,6 +19,7 @@ from flagtree.check.evidence import code_for
 from flagtree.check.rebuild import Rebuilt, rebuild
 from flagtree.check.regimes import ORDINARY
 from flagtree.check.stored import stored_subjects
+from flagtree.check.summary import label
 from flagtree.errors import BundleError, UntrustedBundle
 from flagtree.progress import SILENT, Progress
 from flagtree.targets import find_target
@@ -123,7 +124,7 @@ def _row(subject: Subject, record: Mapping[str, Any]) -> KernelRow:
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     return KernelRow(
         digest=subject.digest,
-        name=subject.kernel.name,
+        name=label(subject.kernel),
         ops=tuple(record["ops"]),
         executed=tuple(record["executed"]),
         runs=len(done),

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flagtree.check.inputs import GUARD, make_operands, sample_symbols
+from flagtree.check.regimes import KINDS
 from flagtree.ir.canonical import isolate
 from flagtree.ir.program import Program
 from flagtree.ir.text import parse_program
@@ -115,3 +116,16 @@ def test_scale() -> None:
     program = alone(LABELS.replace("log", "abs"))
     x = make_operands(program, {"n0": 64}, 7, "ordinary, small")["b1"].tensor
     assert float(x.std()) == pytest.approx(2.0**-10, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_has_what_it_says(kind: str) -> None:
+    program = alone(LABELS.replace("log", "abs"))
+    for seed in range(20):
+        x = make_operands(program, {"n0": 1}, seed, kind, shift=seed % 2)["b1"].tensor
+        nan, infinite, tiny, zero = (int(v.sum()) for v in (x.isnan(), x.isinf(), (x.abs() < 2.0**-126) & (x != 0), x == 0))
+        expected = {"NaN": nan > 0, "inf": infinite > 0, "denormal": tiny > 40, "zero": zero > 40,
+                    "cancelling": bool(((x.abs() - 64).abs() < 1).all()) and 0 < int((x > 0).sum()) < 50,
+                    "wide range": float(x.abs().max() / x.abs().min()) > 1e20}  # fmt: skip
+        assert expected.get(kind, True)
+        assert bool(nan) == (kind == "NaN") and bool(infinite) == (kind == "inf") and (kind in ("zero", "denormal") or not tiny)
