@@ -36,7 +36,11 @@ def enclose_reduction(
     if op.combiner in ("argmin", "argmax"):
         return _arg(op.combiner == "argmax", low, high, dims)
     if op.combiner in ("sum", "min", "max", "any", "all"):  # a sum of one term, or of integers
-        return list(zip(least, reduce(op.combiner, high, dims), strict=True))
+        (most,) = reduce(op.combiner, high, dims)
+        if not floating:
+            return [(least[0], most)]
+        anything = ((low[0] == -torch.inf) & (high[0] == torch.inf)).any(dims, keepdim=True) & ~torch.isnan(least[0])
+        return [(torch.where(anything, -torch.inf, least[0]), torch.where(anything, torch.inf, most))]
     raise IRError(f"'{op.combiner}' of approximate operands has no stated bound")
 
 
@@ -45,7 +49,11 @@ def enclose_scan(op: Scan, pair: Pair, dim: int, kind: torch.dtype, exact: bool)
     low, high = pair[0].to(kind), pair[1].to(kind)
     if not kind.is_floating_point or op.combiner not in ("sum", "prod"):
         least = scan(op.combiner, low, dim)
-        return (least, least) if exact else (least, scan(op.combiner, high, dim))
+        if exact:
+            return least, least
+        if kind.is_floating_point and bool(((low == -torch.inf) & (high == torch.inf)).any()):
+            raise IRError("a running extremum of a value that may be anything has no stated bound")
+        return least, scan(op.combiner, high, dim)
     bound = gamma(max(1, low.shape[dim]), IR_NAMES[kind])
     if op.combiner == "sum":
         size = torch.maximum(low.double().abs(), high.double().abs()).cumsum(dim)

@@ -8,6 +8,7 @@ Read by check/gate.py.  check/enclosed_sums.py does reductions and scans.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -128,13 +129,20 @@ class _Enclosure(Sampled):
         low, high = ([self.operand(a, dtype, work, side) for a in op.args] for side in (self.values, self.high))
         point = _all_equal(low, high)
         if op.op in FUNCTIONS and not OPS[op.op].exact:
-            return self._function(op, dtype, low, high, point)
+            return _whole(self._function(op, dtype, low, high, point), _any(_free, low, high) & ~point)
         apply = self._applied(op)
         value = apply(low)
         pair = self._ends(op, DTYPES[dtype].kind, apply, low, high)
         if pair is None:  # copysign, remainders, shifts, bitcast: known at a point only
             return _settled((value, value), value, point, ~point)
-        return _settled(pair, value, point, ~point & ((pair[0] != pair[0]) | (pair[1] != pair[1])))
+        if op.op in _COMPARISONS:
+            return _settled(pair, value, point, torch.zeros_like(point))
+        never = _any(_never, low, high)
+        unknown = (pair[0] != pair[0]) | (pair[1] != pair[1]) | _any(_free, low, high)
+        least, most = _settled(pair, value, point, ~point & unknown & ~never)
+        if not least.is_floating_point():
+            return least, most
+        return torch.where(never, math.nan, least), torch.where(never, math.nan, most)
 
     @staticmethod
     def _ends(op: Compute, kind: str, apply: Callable[[list[Tensor]], Tensor], low: list[Tensor], high: list[Tensor]) -> Pair | None:
@@ -199,6 +207,23 @@ def _all_equal(low: list[Tensor], high: list[Tensor]) -> Tensor:
     for a, b in zip(low, high, strict=True):
         same = same & ((a == b) | ((a != a) & (b != b)))
     return same
+
+
+def _free(low: Tensor, high: Tensor) -> Tensor:
+    """Where a value may be anything, NaN included."""
+    return (low == -torch.inf) & (high == torch.inf) if low.is_floating_point() else torch.zeros_like(low, dtype=torch.bool)
+
+
+def _never(low: Tensor, high: Tensor) -> Tensor:
+    """Where a value is NaN for sure; what is computed with it is NaN too."""
+    return (low != low) & (high != high)
+
+
+def _any(of: Callable[[Tensor, Tensor], Tensor], low: list[Tensor], high: list[Tensor]) -> Tensor:
+    found = of(low[0], high[0])
+    for a, b in zip(low[1:], high[1:], strict=True):
+        found = found | of(a, b)
+    return found
 
 
 def _monotone(apply: Callable[[list[Tensor]], Tensor], signs: str, low: list[Tensor], high: list[Tensor]) -> Pair:
