@@ -43,7 +43,7 @@ def eager_of(graph: fx.Graph, program: Program, kernel: Kernel, isolated: Isolat
     if is_product(isolated.program):  # a template: its kernel has the names of the isolated form only
         return _product_recipe(isolated.program)
     buffers = {name: f"b{i}" for i, name in enumerate(isolated.buffers)}
-    symbols = {name: f"n{i}" for i, name in enumerate(isolated.symbols)}
+    symbols = {str(name): f"n{i}" for i, name in enumerate(isolated.symbols)}
     return recipe_of(graph, program, kernel, buffers, symbols, renamed)
 
 

@@ -65,7 +65,10 @@ class Examination:
         self.isolated, self.built, self.executor, self.eager = isolated, built, executor, eager
         self.program, self.kernel = isolated.program, isolated.kernel
         self.found = Examined(uncompared="" if eager is not None else uncompared)
-        self.stated: Stated = stated_native() if executor.levels(built) else stated_gpu(self.kernel, int(built.launch["threads"]))  # type: ignore[call-overload]
+        native = bool(executor.levels(built))
+        self.stated: Stated = (
+            stated_native(self.kernel.numerics.fp_contract) if native else stated_gpu(self.kernel, int(built.launch["threads"]))  # type: ignore[call-overload]
+        )
         self.accumulates = any(s.mode != "set" for s in self.kernel.stores)
 
     def run(self, run: Run, seed: int) -> None:
@@ -80,7 +83,7 @@ class Examination:
         except TooLarge as error:
             record["not_run"] = error.why
         self.found.records.append(record)
-        self.found.faults += [f"{run.describe(self.isolated.symbols)}: {fault}" for fault in faults]
+        self.found.faults += [f"{run.describe(tuple(map(str, self.isolated.symbols)))}: {fault}" for fault in faults]
 
     @staticmethod
     def _inputs(run: Run, seed: int) -> dict[str, object]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from flagtree.check.accuracy import ulp_of
-from flagtree.codegen import cpp_math, triton_math
+from flagtree.codegen import cpp_gemm, cpp_math, triton_math
 from flagtree.codegen.cpp_sweeps import BLOCK, PARTIALS, ROW_BLOCK
 from flagtree.codegen.triton_math import Error
 from flagtree.ir.dtypes import DTYPES
@@ -26,11 +26,12 @@ _DOUBLE = Error(4)
 
 @dataclass(frozen=True, slots=True)
 class Stated:
-    """`functions`: of f32 arguments, by name.  `threads`: of a program instance, 0 for CPU code."""
+    """`functions`: of f32 arguments, by name.  `threads`: of a program instance, 0 for CPU code.  `contracted`: a matrix product."""
 
     functions: Mapping[str, Error]
     threads: int
     tiles: Mapping[str, int]
+    contracted: bool = False
 
     def error(self, op: str, dtype: str, result: Tensor, last: Tensor) -> Tensor:
         """A bound of |computed - exact| for the exact float64 `result` of `op` in `dtype` at a last argument `last`; infinite where none
@@ -48,11 +49,15 @@ class Stated:
         """The most additions that one term of a sum over these reduced axes (name to extent) goes through.
 
         CPU: PARTIALS running sums joined in a tree every ROW_BLOCK elements of a row, or, for a column, a running sum of BLOCK rows;
-        whichever is longer.  GPU: a running sum in each thread, a tree over the tile, a running sum over the tiles.
+        whichever is longer; for a matrix product its own running sums, joined once.  GPU: a running sum in each thread, a tree over the
+        tile, a running sum over the tiles.
         """
         count = math.prod(extents.values())
+        if self.contracted:
+            # one more, because the sum takes each product before its rounding
+            return 1 + -(-count // cpp_gemm.PARTIALS) + math.ceil(math.log2(cpp_gemm.PARTIALS))
         if not self.threads:
-            row = -(-min(count, ROW_BLOCK) // PARTIALS) + math.ceil(math.log2(PARTIALS)) + -(-count // ROW_BLOCK)
+            row = -(-min(count, ROW_BLOCK) // min(PARTIALS)) + math.ceil(math.log2(max(PARTIALS))) + -(-count // ROW_BLOCK)
             column = min(count, BLOCK) + -(-count // BLOCK)
             return max(1, min(count, max(row, column)))
         tile = math.prod(self.tiles.get(name, 1) for name in extents)
@@ -69,9 +74,9 @@ def gamma(height: int, dtype: str) -> float:
     return (2 if dtype == "f64" else 1) * height * unit / (1 - height * unit)
 
 
-def stated_native() -> Stated:
-    """CPU code."""
-    return Stated({name: Error(ulp) for name, ulp in cpp_math.ULP.items()}, 0, {})
+def stated_native(contracted: bool = False) -> Stated:
+    """CPU code; `contracted`: of a kernel whose numerics allow contraction."""
+    return Stated({name: Error(ulp) for name, ulp in cpp_math.ULP.items()}, 0, {}, contracted)
 
 
 def stated_gpu(kernel: Kernel, threads: int) -> Stated:
