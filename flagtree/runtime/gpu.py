@@ -7,8 +7,8 @@ Imports no triton and no compiler; which driver and which devices belong to a ta
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -41,11 +41,9 @@ class Device:
     def capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
-    @contextmanager
-    def here(self) -> Iterator[None]:
+    def here(self) -> AbstractContextManager[None]:
         """For a block, this thread's driver calls are for this device."""
-        with self.driver.at(self.place):
-            yield
+        return self.driver.at(self.place)
 
     def function(self, image: bytes, name: str, shared: int) -> int:
         """A kernel of a binary, loaded once, allowed to ask for `shared` bytes.  DeviceError when the driver refuses it."""

@@ -149,9 +149,9 @@ def launched(bench: Bench) -> list[str]:
 def test_the_variant_is_chosen_by_looking(bench: Bench) -> None:
     bench.call(4)
     assert launched(bench) == ["one aligned.bin", "two aligned.bin"]
-    # a pointer of 4 bytes more: the kernel that takes it is generic, the other one stays aligned, and it comes back
-    odd = torch.zeros(4 * 8 + 1)[1:].view(4, 8)
-    for given, expected in ((odd, "generic.bin"), (None, "aligned.bin")):
+    # a pointer of 4 or 8 bytes more: the kernel that takes it is generic, the other one stays aligned, and it comes back
+    odd, even = (torch.zeros(4 * 8 + k)[k:].view(4, 8) for k in (1, 2))
+    for given, expected in ((odd, "generic.bin"), (None, "aligned.bin"), (even, "generic.bin"), (None, "aligned.bin")):
         bench.recording.forget()
         bench.call(4, x=given)
         assert launched(bench) == [f"one {expected}", "two aligned.bin"]
