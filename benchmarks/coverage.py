@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -133,6 +134,7 @@ MODELS: dict[str, Callable[[], Made]] = {
 
 def measure(name: str) -> tuple[Coverage, Coverage]:
     """(inference, training)."""
+    print(f"counting {name}", file=sys.stderr, flush=True)
     torch.manual_seed(0)
     model, forward, loss = MODELS[name]()
 
