@@ -19,10 +19,11 @@ from flagtree.capture.normalise import Normalised, normalise
 from flagtree.codegen import cpp, triton
 from flagtree.codegen.launch import launch_list
 from flagtree.debug import Ladder
-from flagtree.errors import CodegenError, ToolchainError
+from flagtree.errors import CodegenError, IRError, ToolchainError
 from flagtree.ir.canonical import digest, isolate_all
 from flagtree.ir.index import Index, from_sympy
 from flagtree.ir.program import Kernel, Program
+from flagtree.ir.verify import unproved
 from flagtree.lower.backward import ONE_THREAD
 from flagtree.lower.decompositions import DECOMPOSITIONS
 from flagtree.lower.lowering import lower, lowers
@@ -111,18 +112,31 @@ def _variants(kernel: BuiltKernel) -> list[Any]:
 
 
 def _generated(normal: Normalised, ladder: Ladder, target: Target) -> tuple[Program, list[object], list[Report]]:
-    """The program after all passes.  Calls whose kernel the generator cannot express become externs with its reason."""
+    """The program after all passes.  Calls whose kernel the generator cannot express, or whose indices nobody can prove (sizes that torch
+    knows to be equal and the IR does not), become externs with the reason."""
     refused = {} if target.warp <= 1 else dict(ONE_THREAD)
     while True:
         lowered = lower(normal.graph, "graph", dict.fromkeys(normal.constants, "constant"), refused)
         ladder.start(lowered.program)
-        program, reports = run_pipeline(lowered.program, pipeline(target), target, fuel=Fuel(settings.fuel), after=ladder.after)
-        more = {op: reason for kernel, reason in _inexpressible(program, target) for op in kernel.ops}
+        try:
+            program, reports = run_pipeline(lowered.program, pipeline(target), target, fuel=Fuel(settings.fuel), after=ladder.after)
+            more = {op: reason for kernel, reason in _inexpressible(program, target) for op in kernel.ops}
+        except IRError:
+            more = {op: why for kernel, why in _unprovable(lowered.program) for op in kernel.ops}
+            if not more:  # a pass broke the program
+                raise
         if not more:
             return program, lowered.results, reports
         if more.keys() <= refused.keys():  # an op that is an extern already cannot be at fault
             raise CodegenError("a kernel cannot be generated", where=", ".join(more), why=next(iter(more.values())))
         refused |= more
+
+
+def _unprovable(program: Program) -> Iterator[tuple[Kernel, str]]:
+    """Kernels that break a rule as they were lowered."""
+    for step in program.steps:
+        if isinstance(step, Kernel) and (why := unproved(program, step)) is not None:
+            yield step, f"sizes: {why}"
 
 
 def _inexpressible(program: Program, target: Target) -> Iterator[tuple[Kernel, str]]:

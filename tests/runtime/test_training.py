@@ -146,6 +146,14 @@ def test_operators_with_symbolic_sizes(name: str) -> None:
     check_gradients(function, *args, dynamic=True)
 
 
+def test_sizes_that_only_torch_knows_to_be_equal_leave_an_extern() -> None:
+    def halves(x: Tensor, w: Tensor) -> Tensor:
+        doubled = torch.cat((F.glu(F.pad(x, (0, x.shape[1] % 2)), -1),) * 2, -1)[:, : x.shape[1]]
+        return x * w + doubled
+
+    check_gradients(halves, rand(4, 7), rand(7), dynamic=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_batch_norm_keeps_its_running_statistics(dtype: torch.dtype, momentum: float | None) -> None:
