@@ -39,7 +39,7 @@ class Unfit(Exception):
 
 
 def known(program: Program, kernel: Kernel) -> Known | None:
-    """What is known of a kernel; None when it is not plain or not canonical."""
+    """What is known of a kernel, under canonical names; None when it is not plain."""
     if kernel.schedule is not None or any(a.name != f"i{k}" or a.kind != "parallel" for k, a in enumerate(kernel.axes)):
         return None
     out = Known(kernel.axes)
@@ -48,7 +48,7 @@ def known(program: Program, kernel: Kernel) -> Known | None:
     except Unfit:
         return None
     out.origins = dict.fromkeys(kernel.origins)
-    return out if all(a is b for a, b in zip(out.body, kernel.body, strict=False)) and len(out.body) == len(kernel.body) else None
+    return out
 
 
 def append(program: Program, a: Kernel, state: Known, b: Kernel, kept: frozenset[str]) -> tuple[Kernel, Known] | None:
