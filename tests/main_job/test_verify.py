@@ -1,0 +1,47 @@
+"""`flagtree verify` on what `flagtree compile` wrote, each in a process of its own, as a user types them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.main_job.conftest import Place, content
+
+WAYS = {"cpu": "native", "metax": "maca-ir (emulated)", "cuda:sm90": "same TTIR through MACA lowering; ptx/hsaco not executed"}
+
+
+def verified(place: Place, target: str, *arguments: str) -> tuple[dict[str, Any], float]:
+    """Compile, verify; the report of the second, and its CPU seconds."""
+    (bundle,) = place.compile(*arguments, "--target", target)
+    before = content(Path(bundle["path"]))
+    ended = place.run("verify", bundle["path"], "--rebuild", "--json")
+    assert ended.code == 0, (ended.out[-2000:], ended.err[-4000:])
+    after = content(Path(bundle["path"]))
+    assert {name for name in after if after[name] != before.get(name)} == {"certificate.json"}
+    found = json.loads(ended.out)
+    assert found["digest"] == bundle["digest"] and found["failed"] == 0 and len(found["kernels"]) == bundle["kernels"]
+    assert found["rebuilt"]["differs"] == [] and found["rebuilt"]["changed"] == {}
+    for row in found["kernels"]:
+        assert (row["verdict"], row["eager"]) == ("pass", "compared"), row
+        assert row["runs"] >= 33 and row["gate"] and all(way.startswith(WAYS[target]) for way in row["executed"])
+        # sin and cos of a GPU state no error beyond 1e9, which wide-range inputs reach
+        assert row["equal_to_interpreter"] > 0.95 and row["equal_to_eager"] > 0.95
+    return found, ended.cpu
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda:sm90"])
+def test_a_small_model(place: Place, small_config: str, target: str) -> None:
+    verified(place, target, small_config, "--part", "decode", "--layers", "2", "--dtype", "bf16")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("target", ["cpu", "metax"])
+def test_qwen3_8b_in_three_minutes(place: Place, target: str) -> None:
+    found, seconds = verified(place, target, "qwen3")
+    assert len(found["kernels"]) == 17
+    assert seconds <= 180, seconds
+    left_out = [reason for row in found["kernels"] for reason in row["left_out"]]
+    assert bool(left_out) == (target == "cpu") and all(reason.startswith("all at the upper end") for reason in left_out)
