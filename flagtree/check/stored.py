@@ -42,7 +42,7 @@ def kernel_files(described: Description) -> dict[str, bytes]:
     facts = {
         "format": FORMAT, "name": kernel.name, "ops": list(kernel.ops),
         "origins": [[o.node, o.module, o.source] for o in kernel.origins],
-        "buffers": list(alone.buffers), "symbols": list(alone.symbols),
+        "buffers": list(alone.buffers), "symbols": [str(s) for s in alone.symbols],
         "eager": None if described.eager is None else dict(described.eager), "uncompared": described.uncompared,
     }  # fmt: skip
     return {TEXT: print_program(alone.program).encode(), FACTS: canonical_json(facts)}
@@ -83,7 +83,7 @@ def read_description(bundle: Bundle, key: str) -> Description:
                           why=f"its digest is {digest(program)}", hint="build the bundle again")  # fmt: skip
     facts = parse_json(bundle.read(f"{folder}/{FACTS}"), f"{folder}/{FACTS}")
     try:
-        return _description(program.steps[0], Isolated(program, tuple(facts["buffers"]), tuple(facts["symbols"])), facts)  # type: ignore[index,arg-type]
+        return _description(program.steps[0], Isolated(program, tuple(facts["buffers"]), tuple(map(str, facts["symbols"]))), facts)  # type: ignore[index,arg-type]
     except (KeyError, TypeError, ValueError, IndexError) as error:
         why = f"{type(error).__name__}: {error}"
         raise BundleError("what is stored of a kernel is not valid", where=f"{bundle.path}/{folder}/{FACTS}", why=why) from None
