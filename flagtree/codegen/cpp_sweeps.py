@@ -20,7 +20,7 @@ from flagtree.codegen.segments import Segment, segments
 from flagtree.errors import CodegenError
 from flagtree.ir.flat import operands
 from flagtree.ir.index import Index
-from flagtree.ir.program import BodyOp, Load, Reduce, Scan, Store, defined
+from flagtree.ir.program import BodyOp, Compute, IndexValue, Load, Reduce, Scan, Store, defined
 
 PARTIALS = (64, 32)  # the second in a kernel of short rows that are no multiple of the first
 ROW_BLOCK = 4096  # elements of a long row after which its partial states are joined; a multiple of all PARTIALS
@@ -107,17 +107,18 @@ class RowWriter:
             lines += self._finish(op, sweep)
         return lines
 
-    def _lane_loop(self, sweep: int, piece: Segment, work: Sweep, reducing: bool, paired: bool,
-                   whole: bool) -> list[str]:  # fmt: skip
+    def _lane_loop(self, sweep: int, piece: Segment, work: Sweep, reducing: bool, paired: bool, whole: bool) -> list[str]:
         """Full vectors, then the tail: the same statements, called with fewer lanes."""
         lane = self._lane_name
         if not work.body:
             return []
         scope = self._outer_scope() | {a.name for a in self.layout.loops} | {lane}
-        writer = self._writer(work.body, scope, True, work, paired, whole)
-        writer.lines[:0] = self._read(work, paired)
         lo, hi, extent = self._text(piece.lo), self._text(piece.hi), piece.hi - piece.lo
-        lines = [*self._step(lane, writer, self._state_name(sweep) if reducing else ""), f"i64 at = {lo};", f"const i64 end = {hi};"]
+        once = [op for op in work.body if self._is_once(op, work)] if self.layout.kernel.bounds.nonnegative(extent - 1) else []
+        writer = self._writer([op for op in work.body if op not in once], scope, True, work, paired, whole)
+        writer.lines[:0] = self._read(work, paired)
+        lines = self._statements(once, scope - {lane}, vector=False)
+        lines += [*self._step(lane, writer, self._state_name(sweep) if reducing else ""), f"i64 at = {lo};", f"const i64 end = {hi};"]
         width = "2 * W" if paired else "W"
         tail = not is_multiple(extent, self.partials if reducing else PARTIALS[1], self.multiples)
         if not reducing:
@@ -128,6 +129,10 @@ class RowWriter:
         if highest is not None and highest <= 2 * ROW_BLOCK:
             return block("", [*lines, *self._accumulated(f"part{sweep}", sweep, "end", width, tail)])
         return block("", [*lines, *self._row_blocks(sweep, width, tail, [op for op in work.body if isinstance(op, Reduce)])])
+
+    def _is_once(self, op: BodyOp, work: Sweep) -> bool:
+        """The same all along the lanes: before the loop over them, which has points (the compiler would not take a load out)."""
+        return isinstance(op, (Load, Compute, IndexValue)) and op.name not in work.kept and not self.layout.varies_in_lanes(op.name)
 
     def _accumulated(self, part: str, sweep: int, end: str, width: str, tail: bool) -> list[str]:
         """Elements from `at` to `end` into the states `part`."""
@@ -310,8 +315,8 @@ class RowWriter:
 
     def _writer(self, body: Iterable[BodyOp], scope: frozenset[str], vector: bool, work: Sweep | None = None,
                 paired: bool = False, whole: bool = False) -> BodyWriter:  # fmt: skip
-        kept, streamed = (work.kept, work.streamed) if work is not None else (frozenset[str](), frozenset[str]())
-        writer = BodyWriter(self.layout, scope, vector, streamed, whole, paired)
+        writer = BodyWriter(self.layout, scope, vector, work.streamed if work else frozenset(), whole, paired)
+        kept = work.kept if work else frozenset()
         for op in body:
             if isinstance(op, Reduce):
                 writer.lines.append(self._accumulate(op, self.layout.lane_reduced, "count" if paired else "n"))
