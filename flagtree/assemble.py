@@ -96,7 +96,7 @@ def assemble(parts: Mapping[str, CapturedPart], target: Target, jobs: int, progr
         "versions": versions(target),
         "certificate": evidence.content,
     }
-    return Assembled(content, tuple(reports.values()), _tiers(built), evidence.executed)
+    return Assembled(content, tuple(reports.values()), tiers(built), evidence.executed)
 
 
 def _report(name: str, g: GeneratedPart, target: Target, built: Mapping[str, BuiltKernel]) -> PartReport:
@@ -142,7 +142,7 @@ def _refusals(g: GeneratedPart) -> list[str]:
     return sorted({str(r) for report in g.reports for r in report.refused if standing.issuperset(r.steps)})
 
 
-def _tiers(built: Mapping[str, BuiltKernel]) -> dict[str, int]:
+def tiers(built: Mapping[str, BuiltKernel]) -> dict[str, int]:
     out: dict[str, int] = {}
     for kernel in built.values():
         out[kernel.tier] = out.get(kernel.tier, 0) + 1

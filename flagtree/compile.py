@@ -137,7 +137,7 @@ class _Job:
     def _build(self, target: Target, home: Path, key: KeyFactors) -> BundleReport:
         from flagtree.assemble import assemble
 
-        clock = _Clock(self.progress)
+        clock = Clock(self.progress)
         for part in self.parts:
             if part not in self._captured:
                 clock.phase(f"capture {part}")
@@ -154,7 +154,7 @@ class _Job:
         return report
 
 
-class _Clock:
+class Clock:
     """Passes progress on and keeps wall seconds by phase."""
 
     def __init__(self, progress: Progress) -> None:

@@ -32,9 +32,15 @@ ARROWS = {
     "serve": {"artifact", "runtime"},
 }
 FREE = {"errors", "settings", "progress", "reproducer"}
-# Imports that stand inside a function, and so happen only when it is called: a target's probe asks the toolchain, and the
-# registered entry point of torch.compile imports the compiler on a miss.
-WHEN_CALLED = {"targets/cpu.py": {"toolchain"}, "runtime/compile.py": {"compile", "capture"}, "runtime/gpu.py": {"targets"}}
+# Imports that stand inside a function, and so happen only when it is called: a target's probe asks the toolchain, and on a miss
+# torch.compile's entry point and a lenient server import the compiler.
+WHEN_CALLED = {
+    "targets/cpu.py": {"toolchain"},
+    "runtime/compile.py": {"compile", "capture"},
+    "runtime/gpu.py": {"targets"},
+    "serve/server.py": {"capture", "graphs"},
+    "serve/stored.py": {"targets"},
+}
 NO_COMPILER = {"artifact", "runtime", "serve"}
 COMPILER_LIBRARIES = {"sympy", "networkx", "jinja2", "triton"}
 UNSAFE_IMPORTS = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle"}

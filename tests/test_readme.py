@@ -86,7 +86,7 @@ def test_the_wheel_brings_models_texts_and_entry_points() -> None:
     project = pyproject()
     assert project["project"]["name"] == "flagtree-toolkit"
     assert project["project"]["scripts"] == {"flagtree": "flagtree.cli.app:main"}
-    assert project["project"]["entry-points"]["torch_dynamo_backends"] == {"flagtree": "flagtree.runtime.compile:backend"}
+    assert project["project"]["entry-points"]["torch_dynamo_backends"] == {"flagtree": "flagtree.serve.bundles:flagtree"}
     included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
     assert included == {"models": "flagtree/_models", "docs/explain": "flagtree/_explain"}
     for source in included:

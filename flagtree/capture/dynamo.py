@@ -86,7 +86,7 @@ def compile_graph(
     return CompiledGraph(
         launch=launch_list(program, isolated),
         kernels=_files(built, target),
-        results=[_result(r, program) for r in results],
+        results=[result_of(r, program) for r in results],
         conditions=_conditions(shape_env, before, symbols),
         constants=normal.constants,
         program=program,
@@ -164,7 +164,7 @@ def _fake_mode(values: Sequence[Any]) -> FakeTensorMode:
     return found if found is not None else FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def _result(value: object, program: Program) -> list:
+def result_of(value: object, program: Program) -> list:
     """["buffer", position among the outputs], ["index", expression] or ["value", a plain value]."""
     if isinstance(value, str):
         return ["buffer", program.outputs.index(value)]

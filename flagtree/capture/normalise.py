@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._library.fake_class_registry import FakeScriptObject
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -59,14 +60,14 @@ class _Recorder(TorchDispatchMode):
         self.constants: dict[str, torch.Tensor] = {}
         self.origin = Origin("")
 
-    def bind(self, tensor: torch.Tensor, node: fx.Node) -> None:
-        self.node_of[id(tensor)] = node
-        self.alive.append(tensor)
+    def bind(self, value: torch.Tensor | FakeScriptObject, node: fx.Node) -> None:
+        self.node_of[id(value)] = node
+        self.alive.append(value)
 
     def placeholder(self, name: str, value: object) -> fx.Node:
         node = self.graph.placeholder(name)
         node.meta["val"] = value
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, (torch.Tensor, FakeScriptObject)):
             self.bind(value, node)
         return node
 
@@ -130,6 +131,10 @@ class _Recorder(TorchDispatchMode):
             if node is None:
                 raise CaptureError("a tensor appears in the trace that no recorded call made", why=f"{tuple(value.shape)} {value.dtype}")
             return node
+        if isinstance(value, FakeScriptObject):  # an object that operators hand on, such as a layer's name
+            if id(value) not in self.node_of:
+                raise CaptureError(f"an object of type {value.script_class_name} is no input of the graph")
+            return self.node_of[id(value)]
         return value
 
 

@@ -20,12 +20,15 @@ EXAMPLES = """
 `flagtree compile qwen3 --target cpu --target cuda:sm90 -o bundles` builds two bundles in one run.
 
 `flagtree compile qwen3 --target cpu --layers 2 --part decode --json` is a small one, for a script.
+
+`flagtree compile --graphs graphs.jsonl --target cpu -o bundles` builds what a server recorded (docs/serving.md).
 """
 
 
 def run(
-    model: Annotated[list[str], typer.Argument(help="Models to compile; `flagtree models` lists them.", show_default=False)],
     target: Annotated[list[str], typer.Option("--target", "-t", help="A chip; repeat it for several. `flagtree targets` lists them.")],
+    model: Annotated[list[str] | None, typer.Argument(help="Models to compile; `flagtree models` lists them.", show_default=False)] = None,
+    graphs: Annotated[Path | None, typer.Option(help="Compile the graphs that a server recorded here, not a model.")] = None,
     part: Annotated[list[str] | None, typer.Option(help="Only this part of the model (prefill, decode); repeat it for several.")] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Another number of layers than the model has.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Another element type than the model's own: bf16, f16 or f32.")] = None,
@@ -39,10 +42,15 @@ def run(
     from flagtree.capture.model_spec import load_spec
     from flagtree.cli.progress import Drawn
     from flagtree.cli.table import print_report
+    from flagtree.errors import FlagtreeError
     from flagtree.settings import settings
     from flagtree.targets import find_target
 
-    for name in model:  # a slip in the last name should not cost the work on the first
+    if graphs is None and not model:
+        raise FlagtreeError("nothing to compile", hint="name a model, or what a server recorded: --graphs FILE")
+    if graphs is not None and (model or part or layers or dtype):
+        raise FlagtreeError("--graphs compiles what a server recorded, as it is", hint="leave model, --part, --layers and --dtype out")
+    for name in model or ():  # a slip in the last name should not cost the work on the first
         load_spec(name)
     targets = tuple(dict.fromkeys(find_target(name).name for name in target))
 
@@ -50,9 +58,16 @@ def run(
 
     if not settings.debug:
         warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.")  # torch's own notes would cut through the progress
-    for name in model:
+    for name in model or (str(graphs),):
         with Drawn() as progress:
-            report = compile_model(name, targets, parts=part, layers=layers, dtype=dtype, out=out, jobs=jobs, progress=progress)
+            if graphs is not None:
+                from flagtree.artifact.recording import read_recorded
+                from flagtree.graphs import compile_graphs
+
+                recorded = read_recorded(graphs)
+                report = compile_graphs(recorded, targets, name=graphs.stem, out=out, jobs=jobs, progress=progress)
+            else:
+                report = compile_model(name, targets, parts=part, layers=layers, dtype=dtype, out=out, jobs=jobs, progress=progress)
         if json:
             typer.echo(report.to_json())
         else:

@@ -148,7 +148,7 @@ def write_before_read(program: Program) -> Found:
             if isinstance(step, Repeat):
                 yield from repeat(step, scope, done)
                 continue
-            reads = set(step.reads) if not isinstance(step, Kernel | Template) else _exposed(step)
+            reads = _exposed(step)
             for name in sorted(reads):
                 root = _actual_root(name, scope, roots)
                 if root in temps and root not in done:
@@ -163,8 +163,10 @@ def write_before_read(program: Program) -> Found:
     yield from steps(program.steps, {}, written)
 
 
-def _exposed(step: Kernel | Template) -> set[str]:
-    """Buffers that a step reads; what it adds to is read too."""
+def _exposed(step: Kernel | Template | Extern) -> set[str]:
+    """Buffers that a step reads; what it adds to is read too, what a call writes in place may be memory that nothing wrote yet."""
+    if isinstance(step, Extern):
+        return set(step.reads) - set(step.mutates)
     added = {s.access.buffer for s in step.stores if s.mode != "set"} if isinstance(step, Kernel) else set()
     return set(step.reads) | added
 

@@ -28,7 +28,10 @@ REASONS = {
     **dict.fromkeys(("aten.empty", "aten.empty_like", "aten.new_empty", "aten.empty_strided", "aten.new_empty_strided"), _LAYOUT),
     "aten.embedding": "embedding: eager checks each index, and a row copy gains nothing from fusion",
     "aten.index": "rows by index tensors: eager checks each index, and a row copy gains nothing from fusion",
+    **dict.fromkeys(("vllm.unified_attention_with_output", "vllm.unified_attention", "vllm.unified_mla_attention_with_output"), _ATTENTION),
+    "vllm.unified_kv_cache_update": "paged cache: the server's own operator",
 }
+_PURE = frozenset({"aten", "prims", "flagtree"})  # libraries whose schemas tell all that a call reads and writes
 # written although the schema does not say so: operator -> operand positions
 _HIDDEN_WRITES = {"aten.batch_norm.default": (3, 4), "aten.native_batch_norm.default": (3, 4)}
 
@@ -36,6 +39,14 @@ _HIDDEN_WRITES = {"aten.batch_norm.default": (3, 4), "aten.native_batch_norm.def
 def reason_for(packet: str) -> str:
     """Why an operator that no rule takes is a call."""
     return REASONS.get(packet, f"no lowering rule for {packet}")
+
+
+def effect_of(op: torch._ops.OpOverload) -> str:
+    """Random numbers keep their order.  So do the calls of another library: they may do what their schema does not tell,
+    such as writing a cache that no operand is."""
+    if torch.Tag.nondeterministic_seeded in op.tags:
+        return "rng"
+    return "" if op.namespace in _PURE else f"state:{op.namespace}"
 
 
 def written_operands(node: fx.Node) -> Iterator[fx.Node]:

@@ -18,10 +18,11 @@ from flagtree.errors import CaptureError
 from flagtree.ir.dtypes import TORCH_NAMES
 from flagtree.ir.index import ZERO, Index, contiguous_strides
 from flagtree.ir.program import Alias, Buffer, Extern, Operand, Program, Ref, Step, TypeArg
+from flagtree.lower.allocation import without_allocations
 from flagtree.lower.backward import BACKWARD
 from flagtree.lower.builder import Body, NotLowered, Tensor, Value, compute_type
 from flagtree.lower.call import Call, packet_of
-from flagtree.lower.externs import reason_for, written_operands
+from flagtree.lower.externs import effect_of, reason_for, written_operands
 from flagtree.lower.memory import MEMORY
 from flagtree.lower.normalisation import NORMALISATIONS
 from flagtree.lower.pointwise import KEPT_OPERANDS, POINTWISE, REFUSED_OVERLOADS
@@ -237,8 +238,7 @@ class Lowering:
             outputs = ()
         else:
             raise CaptureError(f"{call.op} returns {type(value).__name__}", where=call.origin.source, why="only tensors cross a program")
-        effect = "rng" if torch.Tag.nondeterministic_seeded in call.op.tags else ""
-        step = Extern(self.step_name(node.name), str(call.op), args, outputs, kwargs, written, reason, effect, (call.origin,))
+        step = Extern(self.step_name(node.name), str(call.op), args, outputs, kwargs, written, reason, effect_of(call.op), (call.origin,))
         self.steps.append(step)
 
     def _extern_output(self, node: fx.Node, fake: torch.Tensor) -> str | None:
@@ -328,6 +328,7 @@ def _declare_input(lowering: Lowering, node: fx.Node, role: str) -> None:
         lowering.sizes.declare(value, ("scalar", name))
     else:
         lowering.buffers[name] = Buffer(name, "i64", (), "opaque")
+        lowering.of_node[node] = name
 
 
 def _result(lowering: Lowering, value: Any) -> object:
@@ -337,6 +338,7 @@ def _result(lowering: Lowering, value: Any) -> object:
 
 
 def _finish(lowering: Lowering, results: Sequence[object]) -> Program:
+    lowering.steps = without_allocations(lowering.steps, lowering._root)
     written = {lowering._root(n) for s in lowering.steps for n in s.writes}
     if written & lowering.shared_inputs:
         raise CaptureError(f"the input '{min(written & lowering.shared_inputs)}' is written and shares memory with another input")

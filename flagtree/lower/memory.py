@@ -157,6 +157,19 @@ def _gather(lowering: Lowering, call: Call) -> None:
     call.emit(body)
 
 
+def _index_select(lowering: Lowering, call: Call) -> None:
+    """Rows by a list of numbers, such as the positions' rows of a cosine and sine table."""
+    x, index, out = call.tensor(0), call.tensor(2), call.out()
+    if not x.shape:
+        raise NotLowered("index_select of a single number")
+    dim = call.argument(1, "dim") % len(x.shape)
+    body = Body(out.shape)
+    where, valid = _gather_index(body, body.load(index, [body.point[dim]] if index.shape else []), x.shape[dim], wrap=False)
+    place = [Index.of(where.name) if d == dim else p for d, p in enumerate(body.point)]
+    body.store(out, body.point, body.load(x, place, valid, poison(x)))
+    call.emit(body)
+
+
 def _nll_loss(lowering: Lowering, call: Call) -> None:
     """nll_loss_forward: one kernel picks each row's term, a second sums them (reduction 0 none, 1 mean, 2 sum)."""
     x, target = call.tensor(0), call.tensor(1)
@@ -317,6 +330,7 @@ MEMORY: dict[str, Rule] = {
     "aten.flip": _flip,
     "aten.roll": _roll,
     "aten.gather": _gather,
+    "aten.index_select": _index_select,
     "aten.slice_scatter": _slice_scatter,
     "aten.select_scatter": _select_scatter,
     "aten.nll_loss_forward": _nll_loss,

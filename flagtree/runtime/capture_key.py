@@ -7,12 +7,14 @@ and everything that a compiled launch list depends on does: targets, arguments, 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
+from torch._library.fake_class_registry import FakeScriptObject
 
 
 class Unkeyed(Exception):
@@ -20,16 +22,17 @@ class Unkeyed(Exception):
 
 
 class _Writer:
-    """Feeds a canonical text of the graph into a hash."""
+    """The canonical text of the graph, a line a fact."""
 
-    def __init__(self) -> None:
-        self.hash = hashlib.sha256()
+    def __init__(self, inference: bool = False) -> None:
+        self.inference = inference
+        self.lines: list[str] = []
         self.symbols: dict[str, str] = {}
         self.sizes: dict[str, torch.SymInt] = {}
         self.nodes: dict[fx.Node, int] = {}
 
     def text(self, *parts: str) -> None:
-        self.hash.update(("\x1f".join(parts) + "\n").encode())
+        self.lines.append("\x1f".join(parts))
 
     def expression(self, value: torch.SymInt | torch.SymFloat | torch.SymBool) -> str:
         """A symbolic expression with symbols renamed by first appearance; a new symbol also states its range."""
@@ -57,8 +60,11 @@ class _Writer:
                 raise Unkeyed(f"tensor type {type(value).__name__}")
             shape = ",".join(self.size(n) for n in value.shape)
             stride = ",".join(self.size(n) for n in value.stride())
-            grad = "grad" if value.requires_grad else ""
-            return f"tensor({value.dtype}[{shape}]({stride})@{value.device}{grad})"
+            grad = "grad" if value.requires_grad and not self.inference else ""
+            device = value.device.type if self.inference else value.device  # the rank's own device is the current one
+            return f"tensor({value.dtype}[{shape}]({stride})@{device}{grad})"
+        if isinstance(value, FakeScriptObject):  # handed on to operators unread: only its kind can matter
+            return f"opaque({value.script_class_name})"
         return self.argument(value)
 
     def argument(self, value: Any) -> str:
@@ -94,14 +100,16 @@ def _target(node: fx.Node) -> str:
     module, name = getattr(target, "__module__", None), getattr(target, "__qualname__", None) or getattr(target, "__name__", None)
     if not name or "<locals>" in name or "<lambda>" in name:
         raise Unkeyed(f"call of {target!r}")
-    return f"{module}.{name}"
+    return re.sub(r"pybind11_detail_function_record\w*\.", "", f"{module}.{name}")  # how torch was compiled is not what is called
 
 
 @dataclass(frozen=True, slots=True)
 class CaptureKey:
-    """`digest`: SHA-256.  `renamed`: the shape environment's symbol to the key's; `sizes`: the key's symbol to the size itself."""
+    """`digest`: SHA-256 of `text`, one line a fact.  `renamed`: the shape environment's symbol to the key's; `sizes`: the key's symbol
+    to the size itself."""
 
     digest: str
+    text: str
     renamed: dict[str, str]
     sizes: dict[str, torch.SymInt]
 
@@ -111,9 +119,10 @@ def example_value(node: fx.Node) -> Any:
     return node.meta["example_value"] if "example_value" in node.meta else node.meta["val"]
 
 
-def capture_key(module: fx.GraphModule, factors: dict[str, str]) -> CaptureKey:
-    """Identity of the graph under `factors` (versions, target, options).  Raises Unkeyed for what it cannot express."""
-    writer = _Writer()
+def capture_key(module: fx.GraphModule, factors: dict[str, str], *, inference: bool = False) -> CaptureKey:
+    """Identity of the graph under `factors` (versions, target, options).  `inference`: nobody asks for gradients, so which inputs
+    could have one is left out.  Raises Unkeyed for what it cannot express."""
+    writer = _Writer(inference)
     for name in sorted(factors):
         writer.text("factor", name, factors[name])
     for position, node in enumerate(module.graph.nodes):
@@ -129,19 +138,23 @@ def capture_key(module: fx.GraphModule, factors: dict[str, str]) -> CaptureKey:
             writer.text(node.op, _target(node), writer.argument(node.args), writer.argument(kwargs))
     for line in sorted(_relations(writer)):
         writer.text("guard", line)
-    return CaptureKey(writer.hash.hexdigest(), writer.symbols, writer.sizes)
+    text = "\n".join(writer.lines) + "\n"
+    return CaptureKey(hashlib.sha256(text.encode()).hexdigest(), text, writer.symbols, writer.sizes)
 
 
 def _relations(writer: _Writer) -> Iterator[str]:
     """What Dynamo has guarded about the sizes so far: one captured graph may be specialised to several such sets."""
     size = next(iter(writer.sizes.values()), None)
-    for guard in () if size is None else size.node.shape_env.guards:
-        free = guard.expr.free_symbols
+    if size is None:
+        return
+    for guard in size.node.shape_env.guards:
+        expr = size.node.shape_env.replace(guard.expr)  # sizes that are known to be equal have one symbol in the graph
+        free = expr.free_symbols
         known = [s for s in free if s.name in writer.symbols]
         if known and len(known) < len(free):
-            raise Unkeyed(f"a guard on a size that the graph does not take: {guard.expr}")
+            raise Unkeyed(f"a guard on a size that the graph does not take: {expr}")
         if known:
-            yield str(guard.expr.xreplace({s: s.func(writer.symbols[s.name], integer=True) for s in known}))
+            yield str(expr.xreplace({s: s.func(writer.symbols[s.name], integer=True) for s in known}))
 
 
 def _attribute(module: fx.GraphModule, path: str) -> str:

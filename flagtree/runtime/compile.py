@@ -25,6 +25,7 @@ from flagtree.runtime.capture_key import CaptureKey, Unkeyed, capture_key
 from flagtree.runtime.launch import Executable
 from flagtree.runtime.parts import home_of, split
 from flagtree.runtime.prepare import Library
+from flagtree.runtime.results import Results, size
 from flagtree.runtime.strides import Restride
 from flagtree.settings import settings
 
@@ -173,20 +174,7 @@ _RELATIONS = {"==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": oper
 
 def _hold(conditions: Sequence[Sequence[Any]], key: CaptureKey) -> bool:
     """Evaluate the guards that the first compilation added; doing so on Dynamo's own sizes adds them to its guards again."""
-    return all(bool(_RELATIONS[op](_size(left, key.sizes), _size(right, key.sizes))) for op, left, right in conditions)
-
-
-def _size(expression: Any, sizes: dict[str, Any]) -> Any:
-    if isinstance(expression, str):
-        return sizes[expression]
-    if isinstance(expression, int):
-        return expression
-    op, *operands = expression
-    values = [_size(x, sizes) for x in operands]
-    total = values[0]
-    for value in values[1:]:
-        total = {"+": operator.add, "*": operator.mul, "//": operator.floordiv, "%": operator.mod}[op](total, value)
-    return total
+    return all(bool(_RELATIONS[op](size(left, key.sizes), size(right, key.sizes))) for op, left, right in conditions)
 
 
 # -- built now ---------------------------------------------------------------------------------------------------------
@@ -248,11 +236,7 @@ class Callee:
         self.executable = Executable(launch, _library(home_of(module), files), constants)
         self.call = self.executable.call
         self.states = [i for i, b in enumerate(self.executable.inputs) if b.role == "state"]
-        self.buffers = [k for kind, k in results if kind == "buffer"]
-        self.plain = self.buffers == list(range(len(launch["outputs"]))) and len(self.buffers) == len(results)
-        self.results = results
-        self.symbols = [(s["name"], s["source"]) for s in launch["symbols"]]
-        self.position = {b.name: i for i, b in enumerate(self.executable.inputs)}
+        self.results = Results(results, launch["symbols"], [b.name for b in self.executable.inputs])
         self.restride: Restride | None = None
         for found in _observers:
             found.append(self)
@@ -263,20 +247,8 @@ class Callee:
             return self.eager(*given)  # a written argument that lies otherwise than tracing believed
         if self.states and self._overlap(args):
             return self.eager(*args)  # a written input shares memory with another: the order of single elements matters
-        outputs = self.call(args)
-        return outputs if self.plain else self._assembled(args, outputs)
+        return self.results(self.call(args), args)
 
     def _overlap(self, args: Sequence[Any]) -> bool:
         homes = [a.untyped_storage().data_ptr() if isinstance(a, torch.Tensor) and a.numel() else None for a in args]
         return any(homes[i] is not None and homes.count(homes[i]) > 1 for i in self.states)
-
-    def _assembled(self, args: Sequence[Any], outputs: tuple) -> tuple:
-        values = {name: self._value(source, args) for name, source in self.symbols if source[1] in self.position}
-        pick = {"buffer": lambda k: outputs[k], "index": lambda e: _size(e, values), "value": lambda v: v}
-        return tuple(pick[kind](what) for kind, what in self.results)
-
-    def _value(self, source: Sequence[Any], args: Sequence[Any]) -> int:
-        value = args[self.position[source[1]]]
-        if source[0] == "scalar":
-            return int(value)
-        return value.shape[source[2]] if source[0] == "dim" else value.stride(source[2])

@@ -1,0 +1,67 @@
+"""What flagtree did in this process since it started: graphs found and missing, kernels, externs, compilations.
+
+Counted, never estimated; each rank counts for itself.  `report` is what the log line and `serve/worker.py` show.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class Counts:
+    """`graphs_found`: answered from a bundle; `graphs_missing`: not; `graphs_compiled`: built by us at start, which needs `strict`
+    off.  `kernels`: distinct generated kernels of the graphs; `launches` and `externs`: of one run of each.  `operators`: vLLM's
+    single operators that we replaced, by name, with the number of instances; `aside`: those we left to others, with the reason."""
+
+    graphs_found: int = 0
+    graphs_missing: int = 0
+    graphs_compiled: int = 0
+    loaded_warm: int = 0
+    kernels: int = 0
+    launches: int = 0
+    externs: dict[str, int] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    operators: dict[str, int] = field(default_factory=dict)
+    aside: dict[str, str] = field(default_factory=dict)
+
+    def add_graph(self, summary: dict[str, Any], kernels: int) -> None:
+        """A graph that runs from a bundle: `summary` as of `artifact.bundle.summarise`."""
+        self.kernels += kernels
+        self.launches += summary["launches"]
+        for extern in summary["externs"]:
+            self.externs[extern["callee"]] = self.externs.get(extern["callee"], 0) + extern["count"]
+
+
+COUNTS = Counts()
+COMPILER = ("capture", "ir", "lower", "passes", "codegen", "toolchain")
+
+
+def report() -> dict[str, Any]:
+    """Plain JSON data about this process: our counts, what torch and vLLM compiled, and what was imported."""
+    modules = sys.modules
+    metrics = modules.get("torch._inductor.metrics")
+    dynamo = modules.get("torch._dynamo.utils")
+    counter = getattr(modules.get("vllm.compilation.counter"), "compilation_counter", None)
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return {
+        "flagtree": asdict(COUNTS),
+        "compiler_imported": sorted(m for m in modules if m.startswith("flagtree.") and m.split(".")[1] in COMPILER),
+        "dynamo": {k: {str(n): int(v) for n, v in c.items()} for k, c in dynamo.counters.items() if c} if dynamo else {},
+        "inductor_kernels": getattr(metrics, "generated_kernel_count", 0),
+        "vllm": {k: v for k, v in vars(counter).items() if isinstance(v, int)} if counter is not None else {},
+        "cpu_seconds": round(used.ru_utime + used.ru_stime, 2),
+        "child_cpu_seconds": round(children.ru_utime + children.ru_stime, 2),
+    }
+
+
+def line() -> str:
+    """The log line at start."""
+    c = COUNTS
+    externs = sum(c.externs.values())
+    graphs = f"{c.graphs_found} graphs found, {c.graphs_missing} missing, {c.graphs_compiled} compiled"
+    return f"{graphs}; {c.kernels} kernels in {c.launches} launches, {externs} externs; {sum(c.operators.values())} operators replaced"

@@ -1,0 +1,168 @@
+"""The server's graph in the form that has a key: its platform's packed products are plain ones, what differs by rank is an argument.
+
+Two ranks of one degree, two starts and two depths of one process give one text.  Works on Dynamo's graph with torch alone, before the
+capture key; what was taken out is handed over as arguments (`Served.extra`) or put back into the launch list (serve/launch_list.py).
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+from flagtree.runtime.capture_key import example_value
+
+_COLLECTIVES = ("allreduce", "all_reduce", "all_gather", "reduce_scatter")
+HANDLE_MARK = 0x66745F00  # no handle of any process is this number
+# integers beside these operators number rows of a table or vocabulary, and a rank has its own
+_INDEXING = (operator.add, operator.sub, operator.mul, operator.ge, operator.gt, operator.le, operator.lt)
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """`module`: the graph with a key.  `extra`: integers that follow the caller's arguments.  `packed`: positions of arguments that
+    are handles of packed weights where the module takes the weight.  `marks`: what stands in the module for a handle or the name of a
+    group, to what it stands for."""
+
+    module: fx.GraphModule
+    extra: tuple[int, ...]
+    packed: tuple[int, ...]
+    marks: tuple[tuple[int | str, int | str], ...]
+
+
+def served_graph(module: fx.GraphModule) -> Served:
+    """`module` is left as it is."""
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        copied[node] = graph.node_copy(node, copied.__getitem__)
+    copy = fx.GraphModule(module, graph)
+    packed = _unpack_products(copy)
+    extra = _lift(copy)
+    marks = _mark(graph)
+    graph.eliminate_dead_code(_is_impure)
+    _without_device_numbers(graph)
+    return Served(copy, tuple(extra), packed, marks)
+
+
+def _is_impure(node: fx.Node) -> bool:
+    """Only sizes and views that nobody needs any more go."""
+    return node.op in ("placeholder", "output") or not (node.target in ("size", "reshape", "view") or node.target is torch.Size)
+
+
+# -- packed products ---------------------------------------------------------------------------------------------------
+def _unpack_products(module: fx.GraphModule) -> tuple[int, ...]:
+    """`onednn_mm(empty(…, n), reshape(x), bias, handle)` becomes `linear(x, weight, bias)`: the form of every other platform.
+
+    The handle's place among the arguments is the weight's; its shape follows from what it is multiplied with.
+    """
+    places = {n: i for i, n in enumerate(n for n in module.graph.nodes if n.op == "placeholder")}
+    packed = []
+    for node in list(module.graph.nodes):
+        if _name_of(node.target) != "_C.onednn_mm":
+            continue
+        out, rows, bias, handle = node.args
+        x = rows.args[0] if rows.target == "reshape" else rows
+        fake_out, fake_x = example_value(out), example_value(x)
+        if handle not in places or len(handle.users) != 1 or fake_x.dim() != 2 or out.target is not torch.empty:
+            continue
+        weight = _like(fake_out, (fake_out.shape[-1], fake_x.shape[-1]))
+        with module.graph.inserting_before(node):
+            linear = module.graph.call_function(torch._C._nn.linear, (x, handle, bias))
+        linear.meta = dict(out.meta)
+        out.replace_all_uses_with(linear, delete_user_cb=lambda user, call=node: user is not call)
+        for dead in (node, out):
+            module.graph.erase_node(dead)
+        handle.meta["example_value"] = weight
+        packed.append(places[handle])
+    return tuple(packed)
+
+
+def _like(fake: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    assert isinstance(fake, FakeTensor)
+    with fake.fake_mode:
+        return torch.empty(shape, dtype=fake.dtype, device=fake.device)
+
+
+def _name_of(target: Any) -> str:
+    """`_C.onednn_mm` of an operator or its packet, else nothing."""
+    if isinstance(target, torch._ops.OpOverload):
+        target = target.overloadpacket
+    return str(target) if isinstance(target, torch._ops.OpOverloadPacket) else ""
+
+
+# -- what differs by rank ----------------------------------------------------------------------------------------------
+def _lift(module: fx.GraphModule) -> list[int]:
+    """Replace integers that number rows by placeholders at the end of the list; returns their values."""
+    found: list[int] = []
+    mode = next((v.fake_mode for n in module.graph.nodes if isinstance(v := n.meta.get("example_value"), FakeTensor)), None)
+    last = next((n for n in reversed(module.graph.nodes) if n.op == "placeholder"), None)
+    if mode is None or last is None:
+        return found
+    for node in list(module.graph.nodes):
+        for place in _row_numbers(node):
+            with module.graph.inserting_after(last):
+                last = module.graph.placeholder(f"rank_{len(found)}")
+            last.meta["example_value"] = _symbol(mode, node.args[place], len(found))
+            found.append(node.args[place])
+            node.update_arg(place, last)
+    return found
+
+
+def _row_numbers(node: fx.Node) -> list[int]:
+    """Positions of the integers that are computed with integer tensors."""
+    if node.op != "call_function" or node.target not in _INDEXING:
+        return []
+    tensors = [v for a in node.args if isinstance(a, fx.Node) and isinstance(v := example_value(a), torch.Tensor)]
+    if not tensors or any(v.dtype.is_floating_point or v.dtype.is_complex for v in tensors):
+        return []
+    return [i for i, a in enumerate(node.args) if type(a) is int]
+
+
+def _mark(graph: fx.Graph) -> tuple[tuple[int | str, int | str], ...]:
+    """Handles and group names of collectives by marks in order of appearance."""
+    marks: dict[tuple[str, int | str], int | str] = {}
+    for node in graph.nodes:
+        if not isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+            continue
+        if not any(word in _name_of(node.target) for word in _COLLECTIVES):
+            continue
+        op = node.target if isinstance(node.target, torch._ops.OpOverload) else node.target.default
+        names = [a.name for a in op._schema.arguments]
+        for place, value in enumerate(node.args):
+            if isinstance(value, str) and names[place] in ("group_name", "group"):
+                node.update_arg(place, marks.setdefault((names[place], value), f"flagtree.group.{len(marks)}"))
+            elif type(value) is int and names[place] == "handle":
+                node.update_arg(place, marks.setdefault((names[place], value), HANDLE_MARK + len(marks)))
+        for name, value in node.kwargs.items():
+            if isinstance(value, str) and name in ("group_name", "group"):
+                node.update_kwarg(name, marks.setdefault((name, value), f"flagtree.group.{len(marks)}"))
+    return tuple((mark, value) for (_, value), mark in marks.items())
+
+
+def _symbol(mode: FakeTensorMode, value: int, number: int) -> torch.SymInt:
+    env = mode.shape_env
+    assert isinstance(env, ShapeEnv)
+    source = ConstantSource(f"flagtree_rank_{number}")
+    symbol = env.create_symbol(value, source, DimDynamic.DYNAMIC, None, positive=None, do_not_specialize_zero_one=True)
+    size = env.create_symintnode(symbol, hint=value, source=source)
+    assert isinstance(size, torch.SymInt)
+    return size
+
+
+def _without_device_numbers(graph: fx.Graph) -> None:
+    """`cuda:1` is `cuda`: the rank's own device is the current one."""
+    for node in graph.nodes:
+        if node.op not in ("placeholder", "output"):
+            node.args = fx.node.map_aggregate(node.args, _plain_device)
+            node.kwargs = fx.node.map_aggregate(node.kwargs, _plain_device)
+
+
+def _plain_device(value: Any) -> Any:
+    return torch.device(value.type) if isinstance(value, torch.device) else value
