@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 
-from flagtree.artifact.recording import part_name
+from flagtree.artifact.recording import RecordedGraph, append_recorded, part_name
 from flagtree.errors import BundleError, FlagtreeError
-from flagtree.runtime.capture_key import CaptureKey, Unkeyed, capture_key, example_value
+from flagtree.runtime.capture_key import Unkeyed, capture_key, example_value
+from flagtree.runtime.cpu import levels
 from flagtree.serve import stored
 from flagtree.serve.callee import Eager, Handle, ServedGraph
-from flagtree.serve.configuration import ServeSettings
+from flagtree.serve.configuration import ServeSettings, resolved
 from flagtree.serve.counts import COUNTS, line
 from flagtree.serve.graph import Served, served_graph
 from flagtree.serve.opened import OpenedBundle, open_for_serving
@@ -61,83 +62,103 @@ class Server:
         try:
             key = capture_key(served.module, {"format": "vllm 1"}, inference=True)
         except Unkeyed as reason:
-            return self._without(module, served, None, f"it has no capture key: {reason}", example_inputs)
-        opened = self.open()
-        if opened is not None and opened.graph(key.digest) is not None:
-            return self._serve(opened, key, served)
-        known = stored.find(key.digest) if self.settings.strict == "off" else None
+            return self._eager(module, "a graph", f"it has no capture key: {reason}")
+        known = self._known(key.digest)
         if known is not None:
-            return self._serve(open_for_serving(*known), key, served)
-        COUNTS.graphs_missing += 1
-        COUNTS.missing.append(part_name(key.digest))
-        why = "no bundle is named" if opened is None else opened.difference(key.text)
-        return self._without(module, served, key, why, example_inputs)
+            return self._serve(known, key.digest, served)
+        name = part_name(key.digest)
+        why = self._missing(name, key.digest, key.text)
+        tensors = [v for n in module.graph.nodes if n.op == "placeholder" and isinstance(v := example_value(n), torch.Tensor)]
 
-    def _serve(self, opened: OpenedBundle, key: CaptureKey, served: Served) -> ServedGraph:
+        def record(**about: Any) -> RecordedGraph:
+            from flagtree.capture.recorded import record, weights_among
+
+            names = [n.name for n in served.module.graph.nodes if n.op == "placeholder"]
+            is_weight = weights_among([*example_inputs, *served.extra], names)
+            return record(served.module, key, is_weight=is_weight, **about)
+
+        try:
+            built = self._built(record, {t.device.type for t in tensors})
+        except FlagtreeError as error:
+            return self._eager(module, name, f"{why}; it was not compiled: {error.render()}")
+        return self._eager(module, name, why) if built is None else self._serve(built, key.digest, served)
+
+    def operator(self, digest: str, text: str, record: Callable[..., RecordedGraph]) -> ServedGraph:
+        """The callable for a single operator with this key.  MissingGraph, and what building it raises."""
+        found = self._known(digest)
+        if found is None:
+            why = self._missing(part_name(digest), digest, text)
+            found = self._built(record, {"cpu"})
+            if found is None:
+                raise MissingGraph("no kernel for an operator", where=part_name(digest), why=why, hint="docs/serving.md")
+        return self._serve(found, digest)
+
+    # -- from a bundle -------------------------------------------------------------------------------------------------
+    def _known(self, digest: str) -> OpenedBundle | None:
+        """A bundle that has the graph: the named one, else for a lenient server what an earlier start built."""
+        opened = self.open()
+        if opened is not None and digest in opened.parts:
+            return opened
+        known = stored.find(digest) if self.settings.strict == "off" else None
+        return None if known is None else open_for_serving(*known)
+
+    def _serve(self, opened: OpenedBundle, digest: str, served: Served | None = None) -> ServedGraph:
         stance = STANCES[self.settings.strict]
-        handle = Handle(str(opened.path), opened.digest, key.digest, served.extra, served.packed, served.marks, stance)
+        handle = Handle(str(opened.path), opened.digest, digest, stance=stance)
+        if served is not None:
+            handle = replace(handle, extra=served.extra, packed=served.packed, marks=served.marks)
         graph = ServedGraph(handle, opened)
-        log.info("flagtree: %s from %s; %s", part_name(key.digest), opened.path, line())
+        log.info("flagtree: %s from %s; %s", part_name(digest), opened.path, line())
         return graph
 
-    def _without(
-        self, module: fx.GraphModule, served: Served, key: CaptureKey | None, why: str, example_inputs: Sequence[Any]
-    ) -> Any:
+    # -- at a miss -----------------------------------------------------------------------------------------------------
+    def _missing(self, name: str, digest: str, text: str) -> str:
+        """Count the miss and say what differs; a strict server stops here."""
+        opened = self.open()
+        why = "no bundle is named" if opened is None else opened.difference(text)
+        COUNTS.graphs_missing += 1
+        COUNTS.missing.append(name)
         if self.settings.strict != "off":
-            raise self._refusal(key, why)
-        log.warning("flagtree: %s is not in a bundle: %s", part_name(key.digest) if key else "a graph", why)
-        if key is not None:
-            try:
-                built = _miss(served, key, self, example_inputs, module)
-                if built is not None:
-                    COUNTS.graphs_compiled += 1
-                    return self._serve(open_for_serving(*built), key, served)
-            except FlagtreeError as error:
-                log.warning("flagtree: the graph was not compiled: %s", error.render())
+            raise self._refusal(f"{name}, capture key {digest}", why)
+        log.warning("flagtree: %s is not in a bundle: %s", name, why)
+        return why
+
+    def _eager(self, module: fx.GraphModule, name: str, why: str) -> Eager:
+        if self.settings.strict != "off":
+            raise self._refusal(name, why)
+        log.warning("flagtree: %s runs call by call: %s", name, why)
         return Eager(module.forward)
 
-    def _refusal(self, key: CaptureKey | None, why: str) -> MissingGraph:
-        named = f"{part_name(key.digest)}, capture key {key.digest}" if key else "a graph without a capture key"
+    def _refusal(self, where: str, why: str) -> MissingGraph:
         record = self.settings.record or "graphs.jsonl"
         hint = (
-            f"start once with \"strict\": \"off\", \"record\": \"{record}\" and -cc.backend=flagtree.serve.bundles.store, then: "
+            f'start once with "strict": "off", "record": "{record}" and -cc.backend=flagtree.serve.bundles.store, then: '
             f"flagtree compile --graphs {record} --target cpu"
         )
-        error = MissingGraph("the server needs a graph that the bundle does not have", where=f"{named}; {self.bundle}", why=why, hint=hint)
+        error = MissingGraph("the server needs a graph that the bundle does not have", where=f"{where}; {self.bundle}", why=why, hint=hint)
         sys.stderr.write(f"flagtree: error: {error.render()}\n")  # what a server prints last is a line of its own
         return error
 
+    def _built(self, record: Callable[..., RecordedGraph], devices: set[str]) -> OpenedBundle | None:
+        """Record, and on the CPU build: the one place of the serving side that imports the compiler."""
+        from flagtree.graphs import build_graphs
+        from flagtree.settings import settings
 
-def _miss(
-    served: Served, key: CaptureKey, server: Server, example_inputs: Sequence[Any], module: fx.GraphModule
-) -> tuple[Path, str] | None:
-    """Record and, for the CPU, build: the one place of the serving side that imports the compiler."""
-    from flagtree.capture.recorded import record, weights_among
-    from flagtree.graphs import build_graphs
-    from flagtree.runtime.cpu import levels
-    from flagtree.settings import settings
+        facts = dict(self.facts)
+        versions = {"torch": torch.__version__, "vllm": facts.pop("vllm", "")}
+        graph = record(most=int(facts.get("max_tokens", "0")), versions=versions, facts=facts)
+        if self.settings.record is not None:
+            append_recorded(resolved(self.settings.record), graph)
+        if devices != {"cpu"} or not levels():
+            log.warning("flagtree: recorded; for %s it is compiled with: flagtree compile --graphs FILE --target T", ", ".join(devices))
+            return None
 
-    names = [n.name for n in served.module.graph.nodes if n.op == "placeholder"]
-    given = [*example_inputs, *served.extra]
-    facts = dict(server.facts)
-    most = int(facts.get("max_tokens", "0"))
-    versions = {"torch": torch.__version__, "vllm": facts.pop("vllm", "")}
-    is_weight = weights_among(given, names)
-    graph = record(served.module, key, most=most, is_weight=is_weight, versions=versions, facts=facts)
-    if server.settings.record is not None:
-        from flagtree.artifact.recording import append_recorded
-        from flagtree.serve.configuration import resolved
+        def build(target: Any, home: Path) -> Any:
+            return build_graphs([graph], target, home, name=graph.name, jobs=settings.jobs, check=False)
 
-        append_recorded(resolved(server.settings.record), graph)
-    devices = {v.device.type for n in module.graph.nodes if n.op == "placeholder" and isinstance(v := example_value(n), torch.Tensor)}
-    if devices != {"cpu"} or not levels():
-        log.warning("flagtree: recorded; graphs on %s are compiled with: flagtree compile --graphs FILE --target T", ", ".join(devices))
-        return None
-
-    def build(target: Any, home: Path) -> Any:
-        return build_graphs([graph], target, home, name=graph.name, jobs=settings.jobs, check=False)
-
-    return stored.build(key.digest, build)
+        built = stored.build(graph.key, build)
+        COUNTS.graphs_compiled += 1
+        return open_for_serving(*built)
 
 
 def facts_of(config: Any) -> tuple[tuple[str, str], ...]:
