@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from flagtree.artifact.files import sha256
 from flagtree.artifact.recording import RecordedGraph
-from flagtree.capture.recorded import record
+from flagtree.capture.recorded import free_size, record
 from flagtree.runtime.capture_key import CaptureKey
 
 ROWS_HINT = 6  # any number that no width has: the trace must not take the rows for something else
@@ -39,7 +38,7 @@ def record_formula(
     distance of the rows of each of `rows` that is not `dense`.  `text` is its canonical text."""
     env = ShapeEnv()
     mode = FakeTensorMode(shape_env=env)
-    count = _size(env, "rows", ROWS_HINT)
+    count = free_size(env, "rows", ROWS_HINT)
     graph = fx.Graph()
     arguments: list[Any] = []
 
@@ -51,7 +50,7 @@ def record_formula(
     with mode:
         for k, x in enumerate(rows):
             inner = torch.empty(x.shape[1:]).stride()
-            stride = math.prod(x.shape[1:]) if dense[k] else _size(env, f"stride_{k}", x.stride(0))
+            stride = math.prod(x.shape[1:]) if dense[k] else free_size(env, f"stride_{k}", x.stride(0))
             value = torch.empty_strided((count, *x.shape[1:]), (stride, *inner), dtype=x.dtype, device=x.device)
             arguments.append(placeholder(f"x{k}", value))
         for k, w in enumerate(fixed):
@@ -59,9 +58,3 @@ def record_formula(
     graph.output(graph.call_function(formula, (*arguments, *numbers)))
     key = CaptureKey(sha256(text.encode()), text, {}, {})
     return record(fx.GraphModule({}, graph), key, most=most, versions=versions, facts=facts)
-
-
-def _size(env: ShapeEnv, name: str, hint: int) -> Any:
-    source = ConstantSource(f"flagtree_{name}")
-    symbol = env.create_symbol(hint, source, DimDynamic.DYNAMIC, None, do_not_specialize_zero_one=True)
-    return env.create_symintnode(symbol, hint=hint, source=source)

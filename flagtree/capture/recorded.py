@@ -7,12 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from flagtree.artifact.recording import RecordedGraph
-from flagtree.capture.dynamo import fake_mode_of, placeholder_names, result_of
+from flagtree.capture.dynamo import placeholder_names, result_of
 from flagtree.capture.normalise import normalise
 from flagtree.errors import CaptureError
 from flagtree.ir.program import Program, Symbol
@@ -39,8 +43,10 @@ def record(
     CaptureError when no program carries the graph, or it holds tensors of its own.
     """
     names = placeholder_names(module)
-    values = [example_value(n) for n in module.graph.nodes if n.op == "placeholder"]
-    normal = normalise(module, names, values, lowers, DECOMPOSITIONS, fake_mode_of(values))
+    own = _Own()
+    values = [own.value(example_value(n)) for n in module.graph.nodes if n.op == "placeholder"]
+    normal = normalise(module, names, values, lowers, DECOMPOSITIONS, own.mode)
+    own.check()
     if normal.constants:
         shapes = ", ".join(str(tuple(t.shape)) for t in normal.constants.values())
         raise CaptureError("the graph holds tensors of its own, and a recording carries none", why=f"shapes {shapes}")
@@ -55,6 +61,51 @@ def record(
         versions=dict(versions or {}),
         facts=dict(facts or {}),
     )
+
+
+class _Own:
+    """Sizes and tensors like those of the server's trace in a shape environment of our own: what our trace guards on must not become
+    a condition of the server's, and what it makes a constant is no size any more."""
+
+    def __init__(self) -> None:
+        self.env = ShapeEnv()
+        self.mode = FakeTensorMode(shape_env=self.env)
+        self.sizes: dict[str, torch.SymInt] = {}
+
+    def value(self, value: Any) -> Any:
+        """The value of a placeholder, ours."""
+        if isinstance(value, torch.Tensor):
+            shape, stride = ([self.size(n) for n in sizes] for sizes in (value.shape, value.stride()))
+            with self.mode:
+                return torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
+        return self.size(value) if isinstance(value, torch.SymInt) else value
+
+    def size(self, value: int | torch.SymInt) -> Any:
+        """An integer as it is, a symbol of the server's as ours."""
+        if isinstance(value, int):
+            return value
+        name = str(value.node.expr)
+        if not value.node.expr.is_Symbol:
+            raise CaptureError(f"the size {name} of an argument is an expression")
+        if name not in self.sizes:
+            found = value.node.shape_env.var_to_range.get(value.node.expr)
+            signed = found is not None and bool(found.lower < 0)
+            self.sizes[name] = free_size(self.env, name, int(value.node.hint), signed)
+        return self.sizes[name]
+
+    def check(self) -> None:
+        """CaptureError when the trace holds for one size only."""
+        for name, size in self.sizes.items():
+            if not self.env.replace(size.node.expr).free_symbols:
+                raise CaptureError(f"the graph works for one size only: {name} = {size.node.hint}")
+
+
+def free_size(env: ShapeEnv, name: str, hint: int, signed: bool = False) -> Any:
+    """A size that the trace may not take for a constant; `signed`: a number rather than a size."""
+    source = ConstantSource(f"flagtree_{name}")
+    positive = None if signed else True
+    symbol = env.create_symbol(hint, source, DimDynamic.DYNAMIC, None, positive=positive, do_not_specialize_zero_one=True)
+    return env.create_symintnode(symbol, hint=hint, source=source)
 
 
 def _unguarded(program: Program, most: int) -> Program:

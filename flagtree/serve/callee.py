@@ -29,12 +29,13 @@ FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class Handle:
-    """All that a later process needs.  `bundle`: path; `digest`, `key`: identities; `extra`, `packed`, `marks` as of serve/graph.py;
+    """All that a later process needs.  `bundle`: path; `digest`, `key`: identities; `takes`, `extra`, `packed`, `marks`: of serve/graph.py;
     `stance`: what torch's compiler may do once the model runs, empty for anything."""
 
     bundle: str
     digest: str
     key: str
+    takes: tuple[int, ...] = ()
     extra: tuple[int, ...] = ()
     packed: tuple[int, ...] = ()
     marks: tuple[tuple[int | str, int | str], ...] = ()
@@ -51,10 +52,10 @@ class Handle:
         try:
             if not isinstance(record, dict) or record.pop("format") != FORMAT:
                 raise ValueError("another format")
-            extra, packed = (tuple(int(v) for v in record.pop(name)) for name in ("extra", "packed"))
+            takes, extra, packed = (tuple(int(v) for v in record.pop(name)) for name in ("takes", "extra", "packed"))
             marks = tuple((_plain(a), _plain(b)) for a, b in record.pop("marks"))
             bundle, digest, key, stance = (str(record.pop(name)) for name in ("bundle", "digest", "key", "stance"))
-            return cls(bundle, digest, key, extra, packed, marks, stance)
+            return cls(bundle, digest, key, takes, extra, packed, marks, stance)
         except (KeyError, TypeError, ValueError) as error:
             raise BundleError("a saved graph is not one of this flagtree", why=str(error), hint="delete vLLM's compile cache") from None
 
@@ -91,8 +92,7 @@ class ServedGraph(SerializableCallable):
         COUNTS.add_graph(graph.summary, graph.kernels)
 
     def __call__(self, *args: Any) -> tuple:
-        if self.handle.extra:
-            args = (*args, *self.handle.extra)
+        args = (*[args[k] for k in self.handle.takes], *self.handle.extra)
         if self._session is None or not all(map(operator.is_, (args[k] for k in self._fixed), self._bound)):
             self._bind(args)
         assert self._session is not None and self._checker is not None

@@ -26,11 +26,12 @@ _INDEXING = (operator.add, operator.sub, operator.mul, operator.ge, operator.gt,
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """`module`: the graph with a key.  `extra`: integers that follow the caller's arguments.  `packed`: positions of arguments that
-    are handles of packed weights where the module takes the weight.  `marks`: what stands in the module for a handle or the name of a
-    group, to what it stands for."""
+    """`module`: the graph with a key.  `takes`: which of the caller's arguments it takes, in order; `extra`: integers that follow
+    them.  `packed`: positions among what it takes of handles of packed weights where the module takes the weight.  `marks`: what
+    stands in the module for a handle or the name of a group, to what it stands for."""
 
     module: fx.GraphModule
+    takes: tuple[int, ...]
     extra: tuple[int, ...]
     packed: tuple[int, ...]
     marks: tuple[tuple[int | str, int | str], ...]
@@ -43,12 +44,27 @@ def served_graph(module: fx.GraphModule) -> Served:
     for node in module.graph.nodes:
         copied[node] = graph.node_copy(node, copied.__getitem__)
     copy = fx.GraphModule(module, graph)
-    packed = _unpack_products(copy)
+    handles = _unpack_products(copy)
     extra = _lift(copy)
     marks = _mark(graph)
     graph.eliminate_dead_code(_is_impure)
     _without_device_numbers(graph)
-    return Served(copy, tuple(extra), packed, marks)
+    takes = _drop_sizes(graph)
+    given = [n for n in graph.nodes if n.op == "placeholder"]
+    packed = tuple(k for k, node in enumerate(given) if node in handles)
+    return Served(copy, tuple(takes[: len(takes) - len(extra)]), tuple(extra), packed, marks)
+
+
+def _drop_sizes(graph: fx.Graph) -> list[int]:
+    """Leave out sizes that nobody reads: whether Dynamo hands them over depends on how packed products ask for shapes.  Returns the
+    positions of what stays."""
+    stays = []
+    for position, node in enumerate([n for n in graph.nodes if n.op == "placeholder"]):
+        if isinstance(example_value(node), torch.SymInt) and not node.users:
+            graph.erase_node(node)
+        else:
+            stays.append(position)
+    return stays
 
 
 def _is_impure(node: fx.Node) -> bool:
@@ -57,20 +73,19 @@ def _is_impure(node: fx.Node) -> bool:
 
 
 # -- packed products ---------------------------------------------------------------------------------------------------
-def _unpack_products(module: fx.GraphModule) -> tuple[int, ...]:
+def _unpack_products(module: fx.GraphModule) -> set[fx.Node]:
     """`onednn_mm(empty(…, n), reshape(x), bias, handle)` becomes `linear(x, weight, bias)`: the form of every other platform.
 
-    The handle's place among the arguments is the weight's; its shape follows from what it is multiplied with.
+    The handle's place among the arguments is the weight's; its shape follows from what it is multiplied with.  Returns the handles.
     """
-    places = {n: i for i, n in enumerate(n for n in module.graph.nodes if n.op == "placeholder")}
-    packed = []
+    packed = set()
     for node in list(module.graph.nodes):
         if _name_of(node.target) != "_C.onednn_mm":
             continue
         out, rows, bias, handle = node.args
         x = rows.args[0] if rows.target == "reshape" else rows
         fake_out, fake_x = example_value(out), example_value(x)
-        if handle not in places or len(handle.users) != 1 or fake_x.dim() != 2 or out.target is not torch.empty:
+        if handle.op != "placeholder" or len(handle.users) != 1 or fake_x.dim() != 2 or out.target is not torch.empty:
             continue
         weight = _like(fake_out, (fake_out.shape[-1], fake_x.shape[-1]))
         with module.graph.inserting_before(node):
@@ -80,8 +95,8 @@ def _unpack_products(module: fx.GraphModule) -> tuple[int, ...]:
         for dead in (node, out):
             module.graph.erase_node(dead)
         handle.meta["example_value"] = weight
-        packed.append(places[handle])
-    return tuple(packed)
+        packed.add(handle)
+    return packed
 
 
 def _like(fake: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

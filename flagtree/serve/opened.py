@@ -18,7 +18,7 @@ from flagtree.artifact.trust import check_trust
 from flagtree.errors import BundleError
 from flagtree.runtime import cpu
 
-SHOWN = 6  # lines of a difference
+SHOWN = 3  # lines of a difference
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,11 @@ class OpenedBundle:
         told: Any = self.bundle.manifest.coverage[part]
         kernels = len(told["report"]["kernels"])
         return Graph(part, self.bundle.part(part), told["graph"]["results"], kernels)
+
+    def arguments(self, key: str) -> list[str]:
+        """Names of what the graph with this key takes."""
+        graph = self.graph(key)
+        return [] if graph is None else graph.arguments
 
     def facts(self) -> list[Mapping[str, str]]:
         """What is known of the model and the server of each graph."""

@@ -74,7 +74,7 @@ class Server:
             from flagtree.capture.recorded import record, weights_among
 
             names = [n.name for n in served.module.graph.nodes if n.op == "placeholder"]
-            is_weight = weights_among([*example_inputs, *served.extra], names)
+            is_weight = weights_among([*(example_inputs[k] for k in served.takes), *served.extra], names)
             return record(served.module, key, is_weight=is_weight, **about)
 
         try:
@@ -104,9 +104,9 @@ class Server:
 
     def _serve(self, opened: OpenedBundle, digest: str, served: Served | None = None) -> ServedGraph:
         stance = STANCES[self.settings.strict]
-        handle = Handle(str(opened.path), opened.digest, digest, stance=stance)
+        handle = Handle(str(opened.path), opened.digest, digest, tuple(range(len(opened.arguments(digest)))), stance=stance)
         if served is not None:
-            handle = replace(handle, extra=served.extra, packed=served.packed, marks=served.marks)
+            handle = replace(handle, takes=served.takes, extra=served.extra, packed=served.packed, marks=served.marks)
         graph = ServedGraph(handle, opened)
         log.info("flagtree: %s from %s; %s", part_name(digest), opened.path, line())
         return graph
