@@ -143,9 +143,6 @@ def test_single_operators_answer_in_eager_mode(bed: Bed) -> None:
     [
         ({"dtype": "bfloat16"}, "another element type"),
         ({"compilation_config": {"mode": 2, "backend": "flagtree"}}, "flagtree.serve.bundles.d_"),
-        ({"compilation_config": {"mode": 2, "custom_ops": ["all"]}}, "custom_ops is"),
-        ({"additional_config": {"flagtree": {"bundel": "x"}}}, "no such setting; closest: bundle"),
-        ({"additional_config": {"flagtree": {}}}, "no bundle is named"),
     ],
 )
 def test_bad_input_stops_before_weights_are_loaded(bed: Bed, change: dict[str, Any], says: str) -> None:
