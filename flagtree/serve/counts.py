@@ -5,6 +5,7 @@ Counted, never estimated; each rank counts for itself.  `report` is what the log
 
 from __future__ import annotations
 
+import logging
 import resource
 import sys
 from dataclasses import asdict, dataclass, field
@@ -57,6 +58,11 @@ def report() -> dict[str, Any]:
         "cpu_seconds": round(used.ru_utime + used.ru_stime, 2),
         "child_cpu_seconds": round(children.ru_utime + children.ru_stime, 2),
     }
+
+
+def logger() -> logging.Logger:
+    """Where a server's log goes: below vLLM's own logger, which has a handler and a level, in its processes."""
+    return logging.getLogger("vllm.flagtree" if "vllm" in sys.modules else "flagtree")
 
 
 def line() -> str:

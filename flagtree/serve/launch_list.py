@@ -33,6 +33,9 @@ def _step(step: Mapping[str, Any], packed: frozenset[str], marks: Mapping[int | 
     if "repeat" in step:
         return {**step, "steps": [_step(s, packed, marks) for s in step["steps"]]}
     if "kernel" in step:
+        above = step.get("above")
+        if above is not None and packed.intersection(step["buffers"]):
+            return _step(above["extern"], packed, marks)  # our product reads the plain weight; the library's takes any number of rows
         return dict(step)
     if step["extern"] == _LINEAR and _buffer(step["args"][1]) in packed:
         x, weight, *bias = step["args"]

@@ -14,7 +14,7 @@ import torch
 from flagtree.artifact.files import sha256
 from flagtree.serve.callee import ServedGraph
 from flagtree.serve.counts import COUNTS
-from flagtree.serve.server import Server
+from flagtree.serve.server import FormulaCall, Server
 
 Tensor = torch.Tensor
 FORMULAS_VERSION = 1  # raised when a formula changes what it computes
@@ -85,13 +85,8 @@ class Operators:
 
     def _find(self, name: str, rows: Sequence[Tensor], fixed: Sequence[Tensor | None], numbers: Sequence[Any]) -> ServedGraph:
         text = key_text(name, rows, fixed, numbers)
-
-        def record(**about: Any) -> Any:
-            from flagtree.capture.formula import record_formula
-
-            return record_formula(FORMULAS[name], text, rows, [_is_dense(x) for x in rows], fixed, tuple(numbers), **about)
-
-        return self.server.operator(sha256(text.encode()), text, record)
+        call = FormulaCall(FORMULAS[name], text, tuple(rows), tuple(map(_is_dense, rows)), tuple(fixed), tuple(numbers))
+        return self.server.operator(sha256(text.encode()), call)
 
 
 def key_text(name: str, rows: Sequence[Tensor], fixed: Sequence[Tensor | None], numbers: Sequence[Any]) -> str:

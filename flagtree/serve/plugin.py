@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import functools
 import importlib
-import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from flagtree.serve.configuration import current_vllm_config, read_settings, resolved
-from flagtree.serve.counts import COUNTS
+from flagtree.serve.counts import COUNTS, logger
 from flagtree.serve.operators import Operators, count_replaced
 from flagtree.serve.server import Server, facts_of
 
-log = logging.getLogger("flagtree")
 FORWARDS = ("forward_cpu", "forward_cuda", "forward_oot")  # which one a layer calls depends on the platform
 Answer = Callable[..., Any]
 
@@ -30,13 +28,13 @@ def register() -> None:
         registry = importlib.import_module("vllm.model_executor.custom_op")
         known, custom_op = registry.op_registry_oot, registry.CustomOp
     except (ImportError, AttributeError) as error:
-        log.warning("flagtree: this vLLM has no registry for operators out of tree, none is replaced: %s", error)
+        logger().warning("flagtree: this vLLM has no registry for operators out of tree, none is replaced: %s", error)
         return
     for name, (module, answer) in REPLACED.items():
         if name in known:
             if not getattr(known[name], "flagtree_replaces", None):
                 COUNTS.aside[name] = f"registered by {known[name].__module__}"
-                log.info("flagtree: %s stays with %s, which registered first", name, known[name].__module__)
+                logger().info("flagtree: %s stays with %s, which registered first", name, known[name].__module__)
             continue
         try:
             replaced = getattr(importlib.import_module(module), name)

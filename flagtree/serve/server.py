@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,17 +21,33 @@ from flagtree.runtime.cpu import levels
 from flagtree.serve import stored
 from flagtree.serve.callee import Eager, Handle, ServedGraph
 from flagtree.serve.configuration import ServeSettings, resolved
-from flagtree.serve.counts import COUNTS, line
+from flagtree.serve.counts import COUNTS, line, logger
 from flagtree.serve.graph import Served, served_graph
 from flagtree.serve.opened import OpenedBundle, open_for_serving
 
-log = logging.getLogger("flagtree")
 STANCES = {"off": "", "start": "", "serve": "eager_on_recompile", "paranoid": "fail_on_recompile"}
 # what a bundle's graphs were recorded with and a server must agree in
 AGREEMENT = {
     "model": "another model", "tensor_parallel": "another tensor-parallel degree", "dtype": "another element type",
     "vllm": "another release of vLLM",
 }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class FormulaCall:
+    """What is traced when a single operator has no kernel: `formula(*rows, *fixed, *numbers)`, of which `text` is the key's text;
+    `dense`: which of `rows` lie one after another."""
+
+    formula: Callable[..., Any]
+    text: str
+    rows: tuple[torch.Tensor, ...]
+    dense: tuple[bool, ...]
+    fixed: tuple[torch.Tensor | None, ...]
+    numbers: tuple
+
+
+GRAPH_HINT = '"strict": "off", no bundle and -cc.backend=flagtree.serve.bundles.store'
+OPERATORS_HINT = '"strict": "off", no bundle and "custom_ops": true'
 
 
 class MissingGraph(FlagtreeError):
@@ -83,11 +98,17 @@ class Server:
             return self._eager(module, name, f"{why}; it was not compiled: {error.render()}")
         return self._eager(module, name, why) if built is None else self._serve(built, key.digest, served)
 
-    def operator(self, digest: str, text: str, record: Callable[..., RecordedGraph]) -> ServedGraph:
+    def operator(self, digest: str, call: FormulaCall) -> ServedGraph:
         """The callable for a single operator with this key.  MissingGraph, and what building it raises."""
         found = self._known(digest)
         if found is None:
-            why = self._missing(part_name(digest), digest, text)
+            why = self._missing(part_name(digest), digest, call.text, OPERATORS_HINT)
+
+            def record(**about: Any) -> RecordedGraph:
+                from flagtree.capture.formula import record_formula
+
+                return record_formula(call.formula, call.text, call.rows, call.dense, call.fixed, call.numbers, **about)
+
             found = self._built(record, {"cpu"})
             if found is None:
                 raise MissingGraph("no kernel for an operator", where=part_name(digest), why=why, hint="docs/serving.md")
@@ -108,33 +129,30 @@ class Server:
         if served is not None:
             handle = replace(handle, takes=served.takes, extra=served.extra, packed=served.packed, marks=served.marks)
         graph = ServedGraph(handle, opened)
-        log.info("flagtree: %s from %s; %s", part_name(digest), opened.path, line())
+        logger().info("flagtree: %s from %s; %s", part_name(digest), opened.path, line())
         return graph
 
     # -- at a miss -----------------------------------------------------------------------------------------------------
-    def _missing(self, name: str, digest: str, text: str) -> str:
+    def _missing(self, name: str, digest: str, text: str, start: str = GRAPH_HINT) -> str:
         """Count the miss and say what differs; a strict server stops here."""
         opened = self.open()
         why = "no bundle is named" if opened is None else opened.difference(text)
         COUNTS.graphs_missing += 1
         COUNTS.missing.append(name)
         if self.settings.strict != "off":
-            raise self._refusal(f"{name}, capture key {digest}", why)
-        log.warning("flagtree: %s is not in a bundle: %s", name, why)
+            raise self._refusal(f"{name}, capture key {digest}", why, start)
+        logger().warning("flagtree: %s is not in a bundle: %s", name, why)
         return why
 
     def _eager(self, module: fx.GraphModule, name: str, why: str) -> Eager:
         if self.settings.strict != "off":
             raise self._refusal(name, why)
-        log.warning("flagtree: %s runs call by call: %s", name, why)
+        logger().warning("flagtree: %s runs call by call: %s", name, why)
         return Eager(module.forward)
 
-    def _refusal(self, where: str, why: str) -> MissingGraph:
+    def _refusal(self, where: str, why: str, start: str = GRAPH_HINT) -> MissingGraph:
         record = self.settings.record or "graphs.jsonl"
-        hint = (
-            f'start once with "strict": "off", "record": "{record}" and -cc.backend=flagtree.serve.bundles.store, then: '
-            f"flagtree compile --graphs {record} --target cpu"
-        )
+        hint = f'start once with "record": "{record}", {start}, then: flagtree compile --graphs {record} --target cpu'
         error = MissingGraph("the server needs a graph that the bundle does not have", where=f"{where}; {self.bundle}", why=why, hint=hint)
         sys.stderr.write(f"flagtree: error: {error.render()}\n")  # what a server prints last is a line of its own
         return error
@@ -150,7 +168,7 @@ class Server:
         if self.settings.record is not None:
             append_recorded(resolved(self.settings.record), graph)
         if devices != {"cpu"} or not levels():
-            log.warning("flagtree: recorded; for %s it is compiled with: flagtree compile --graphs FILE --target T", ", ".join(devices))
+            logger().warning("flagtree: recorded; for %s compile it: flagtree compile --graphs FILE --target T", ", ".join(devices))
             return None
 
         def build(target: Any, home: Path) -> Any:

@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch._library.opaque_object import register_opaque_type
 from torch._opaque_base import OpaqueBase
 
-HEADS, KV_HEADS, HEAD, WIDTH, MIDDLE, VOCABULARY = 4, 2, 8, 32, 48, 64
+HEADS, KV_HEADS, HEAD, WIDTH, MIDDLE, VOCABULARY = 4, 2, 8, 64, 64, 64
 CACHES: dict[str, list[torch.Tensor]] = {}
 PACKED: dict[int, torch.Tensor] = {}
 
