@@ -7,6 +7,7 @@ from a model; what both need stands in `assemble.py`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from flagtree.artifact.files import canonical_json, sha256
 from flagtree.artifact.recording import RecordedGraph
 from flagtree.artifact.store import Store
 from flagtree.artifact.trust import record_built
-from flagtree.assemble import libraries, tiers, versions
-from flagtree.check.certify import Evidence, Subject, certify
+from flagtree.assemble import libraries_of, tiers, versions
+from flagtree.check.evidence import gather_described
 from flagtree.check.report import BundleReport, CompileReport, PartReport
+from flagtree.check.stored import Description
 from flagtree.check.summary import Built, part_report
 from flagtree.codegen.launch import launch_list
 from flagtree.compile import Clock, folder_name
@@ -99,18 +101,20 @@ def build_graphs(
     clock.phase("kernels", len(distinct))
     built = {b.digest: b for b in build_kernels(list(distinct.items()), target, jobs, clock, store)}
     reports = {g.name: _report(g.name, target, lowered[g.name], programs[g.name], kernels[g.name], built) for g in graphs}
-    evidence = _evidence(programs, kernels, built, target, jobs, clock) if check else None
+    clock.phase("certificate", len(distinct))
+    evidence = gather_described(_described(programs, kernels), built, target, jobs, clock, store) if check else None
+    files = evidence.files if evidence else {}
     clock.phase("bundle")
     made = write_bundle(
         home,
         name=name,
         target=target.name,
         parts={part: launch_list(program, kernels[part]) for part, program in programs.items()},
-        kernels=[built[d] for d in sorted(built)],
-        libraries=libraries(target, built),
+        kernels=[replace(built[d], files={**built[d].files, **files.get(d, {})}) for d in sorted(built)],
+        libraries=libraries_of(target, built),
         coverage={g.name: _coverage(g, programs[g.name], reports[g.name]) for g in graphs},
         versions=versions(target),
-        certificate=evidence.to_dict() if evidence else None,
+        certificate=evidence.content if evidence else None,
         graphs={g.name: g.text for g in graphs},
     )
     record_built(made, store)
@@ -169,22 +173,11 @@ def _coverage(graph: RecordedGraph, program: Program, report: PartReport) -> dic
     }
 
 
-def _evidence(
-    programs: Mapping[str, Program],
-    kernels: Mapping[str, Mapping[str, tuple[Isolated, str]]],
-    built: Mapping[str, BuiltKernel],
-    target: Target,
-    jobs: int,
-    clock: Clock,
-) -> Evidence:
-    """Every kernel executed where this machine can, and compared with float64 and the interpreter."""
-    runs_here = bool(target.levels) or target.probe().executes == "emulator"
-    subjects: dict[str, Subject] = {}
+def _described(programs: Mapping[str, Program], kernels: Mapping[str, Mapping[str, tuple[Isolated, str]]]) -> dict[str, Description]:
+    """Each distinct kernel by digest: a recording has no graph of torch's whose result could be compared."""
+    out: dict[str, Description] = {}
     for part, program in programs.items():
-        originals: list[tuple[Kernel, Isolated]] = list(isolate_all(program))
-        for kernel, _ in originals:
+        for kernel, _ in isolate_all(program):
             alone, key = kernels[part][kernel.name]
-            why = "" if runs_here else "the code of this target cannot be run here"
-            subjects.setdefault(key, Subject(key, alone, kernel, built[key] if runs_here else None, unbuilt=why))
-    clock.phase("certificate", len(subjects))
-    return certify([subjects[key] for key in sorted(subjects)], target, jobs=jobs, progress=clock)
+            out.setdefault(key, Description(kernel, alone, None, "the kernel comes from a recording"))
+    return out

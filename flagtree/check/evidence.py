@@ -52,6 +52,13 @@ def gather(
                 described[key] = _described(part, program, kernel, alone)
         for kernel, alone, key in part.originals():
             described.setdefault(key, Description(kernel, alone, None, "the kernel is not one of the captured depth"))
+    return gather_described(described, built, target, jobs, progress, store)
+
+
+def gather_described(
+    described: Mapping[str, Description], built: Mapping[str, BuiltKernel], target: Target, jobs: int, progress: Progress, store: Store
+) -> Gathered:
+    """As `gather`, for kernels that are described already, by digest."""
     wanted = [subject_of(key, described[key]) for key in sorted(built)]
     evidence = certify([_with_code(s, c, why) for s, (c, why) in zip(wanted, code_for(wanted, built, target, jobs, store), strict=True)],
                        target, jobs=jobs, progress=progress)  # fmt: skip

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch._dynamo.aot_compile import SerializableCallable
 
+from flagtree.artifact.bundle import summarise
 from flagtree.artifact.files import canonical_json, parse_json
 from flagtree.errors import BundleError, FlagtreeError
 from flagtree.runtime.bind import Checker
 from flagtree.runtime.launch import Executable, Session
 from flagtree.runtime.results import Results
 from flagtree.serve.counts import COUNTS
-from flagtree.serve.launch_list import fitted
+from flagtree.serve.launch_list import distinct_kernels, fitted
 from flagtree.serve.opened import OpenedBundle, open_for_serving
 
 FORMAT = 1
@@ -79,7 +80,8 @@ class ServedGraph(SerializableCallable):
             raise BundleError("the bundle no longer has the graph", where=handle.bundle, why=f"capture key {handle.key[:16]}")
         self.handle = handle
         packed = [graph.arguments[k] for k in handle.packed]
-        self.executable = Executable(fitted(graph.launch, packed, dict(handle.marks)), opened.library)
+        launch = fitted(graph.launch, packed, dict(handle.marks))
+        self.executable = Executable(launch, opened.library)
         names = [b.name for b in self.executable.inputs]
         self._results = Results(graph.results, graph.launch["symbols"], names)
         self._fixed = [k for k, b in enumerate(self.executable.inputs) if b.role == "weight"]
@@ -89,7 +91,7 @@ class ServedGraph(SerializableCallable):
         self._session: Session | None = None
         self._checker: Checker | None = None
         COUNTS.graphs_found += 1
-        COUNTS.add_graph(graph.summary, graph.kernels)
+        COUNTS.add_graph(summarise(launch), distinct_kernels(launch))
 
     def __call__(self, *args: Any) -> tuple:
         args = (*[args[k] for k in self.handle.takes], *self.handle.extra)

@@ -29,6 +29,11 @@ def fitted(launch: Mapping[str, Any], packed: Sequence[str], marks: Mapping[int 
     return {**launch, "buffers": buffers, "steps": steps}
 
 
+def distinct_kernels(launch: Mapping[str, Any]) -> int:
+    """How many generated kernels it launches, each counted once."""
+    return len({step["kernel"] for step in _kernels(launch["steps"])})
+
+
 def _step(step: Mapping[str, Any], packed: frozenset[str], marks: Mapping[int | str, int | str]) -> dict[str, Any]:
     if "repeat" in step:
         return {**step, "steps": [_step(s, packed, marks) for s in step["steps"]]}

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from flagtree.artifact.bundle import Bundle, open_bundle, summarise
+from flagtree.artifact.bundle import Bundle, open_bundle
 from flagtree.artifact.trust import check_trust
 from flagtree.errors import BundleError
 from flagtree.runtime import cpu
@@ -23,21 +23,16 @@ SHOWN = 3  # lines of a difference
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """One graph of a bundle: its part's name, launch list, results, and the kernels that it launches."""
+    """One graph of a bundle: its part's name, launch list and results."""
 
     part: str
     launch: Mapping[str, Any]
     results: list
-    kernels: int
 
     @property
     def arguments(self) -> list[str]:
         """What the graph takes, in order: the launch list declares a caller's buffers in the order of the arguments."""
         return [b["name"] for b in self.launch["buffers"] if b["alias"] is None and b["role"] not in ("temp", "formal")]
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        return summarise(self.launch)
 
 
 class OpenedBundle:
@@ -57,8 +52,7 @@ class OpenedBundle:
         if part is None:
             return None
         told: Any = self.bundle.manifest.coverage[part]
-        kernels = len(told["report"]["kernels"])
-        return Graph(part, self.bundle.part(part), told["graph"]["results"], kernels)
+        return Graph(part, self.bundle.part(part), told["graph"]["results"])
 
     def arguments(self, key: str) -> list[str]:
         """Names of what the graph with this key takes."""
