@@ -23,12 +23,19 @@ Answer = Callable[..., Any]
 
 
 def register() -> None:
-    """Idempotent.  Does nothing where vLLM has no registry for classes out of tree, and says so."""
+    """Idempotent.  Does nothing, and says so, where vLLM has no registry for classes out of tree, and on a platform out of tree: its
+    owner replaces operators there, and a second class under one name stops vLLM."""
     try:
         registry = importlib.import_module("vllm.model_executor.custom_op")
         known, custom_op = registry.op_registry_oot, registry.CustomOp
     except (ImportError, AttributeError) as error:
         logger().warning("flagtree: this vLLM has no registry for operators out of tree, none is replaced: %s", error)
+        return
+    platform = importlib.import_module("vllm.platforms").current_platform
+    if platform.is_out_of_tree():
+        owner = type(platform).__module__
+        COUNTS.aside |= dict.fromkeys(REPLACED, f"{owner} owns the platform")
+        logger().info("flagtree: no operator is replaced, %s owns the platform", owner)
         return
     for name, (module, answer) in REPLACED.items():
         if name in known:
