@@ -28,7 +28,7 @@ def pyproject() -> dict:
 def test_the_first_two_commands_are_the_whole_set_up() -> None:
     main_job, tests = commands()
     assert main_job.endswith("flagtree compile qwen3 --target metax")
-    assert tests.endswith("python -m pytest")
+    assert tests.endswith("python -m pytest -n auto --dist loadfile")
     for command in (main_job, tests):
         assert "\n" not in command
         assert command.startswith("python -m venv .venv && .venv/bin/pip install -c constraints.txt -e '.[")

@@ -15,7 +15,7 @@ import torch
 
 from flagtree.artifact.bundle import Bundle, open_bundle, summarise
 from flagtree.artifact.trust import check_trust
-from flagtree.errors import BundleError
+from flagtree.errors import BundleError, DeviceError
 from flagtree.runtime import cpu, gpu
 from flagtree.runtime.bind import Checker, check_names, describe
 from flagtree.runtime.cpu import CpuLibrary
@@ -149,5 +149,11 @@ def _gpu_library(bundle: Bundle, device: torch.device | str | None) -> GpuLibrar
     def read(digest: str, file: str) -> bytes:
         return bundle.read(f"kernels/{digest[:16]}/{file}")
 
-    launches = {digest: kernel.launch for digest, kernel in manifest.kernels.items()}
-    return GpuLibrary(gpu.find_device(manifest.target, device), launches, read, where)
+    try:
+        found = gpu.find_device(manifest.target, device)
+    except DeviceError as error:
+        raise DeviceError(
+            f"the bundle is for {manifest.target}: {error.what}", where=where, why=error.why,
+            hint=f"{error.hint + '; ' if error.hint else ''}flagtree targets shows what runs here",
+        ) from error  # fmt: skip
+    return GpuLibrary(found, {digest: kernel.launch for digest, kernel in manifest.kernels.items()}, read, where)

@@ -144,7 +144,7 @@ def test_a_driver_but_a_torch_without_it(made: Toy, tmp_path: Path, repository: 
         pytest.skip("this torch has its device")
     digest = write(tmp_path / "b", "cuda:sm90", made)
     done = in_process(tmp_path, repository, str(tmp_path / "b"), digest)
-    assert "DeviceError this torch cannot use the device for cuda:sm90" in done.stdout
+    assert "DeviceError the bundle is for cuda:sm90: this torch cannot use the device for cuda:sm90" in done.stdout
     assert (tmp_path / "recording").read_text().startswith("init 0")
 
 
