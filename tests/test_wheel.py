@@ -84,4 +84,5 @@ def test_entry_points(site: Path) -> None:
     found = configparser.ConfigParser()
     found.read(record)
     assert dict(found["console_scripts"]) == {"flagtree": "flagtree.cli.app:main"}
-    assert dict(found["torch_dynamo_backends"]) == {"flagtree": "flagtree.runtime.compile:backend"}
+    assert dict(found["torch_dynamo_backends"]) == {"flagtree": "flagtree.serve.bundles:flagtree"}
+    assert dict(found["vllm.general_plugins"]) == {"flagtree": "flagtree.serve.plugin:register"}
