@@ -141,6 +141,7 @@ def plot(path: Path, title: str, unit: str, panels: Sequence[Panel], limit: str 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    panels = [panel for panel in panels if panel.labels]  # of a partial run
     height = -(-len(panels) // columns)
     figure, axes = pyplot.subplots(height, columns, figsize=(4.6 * columns, 2.6 * height + 0.8), squeeze=False, layout="constrained")
     for panel, axis in zip(panels, axes.flat, strict=False):
