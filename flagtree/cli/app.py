@@ -47,7 +47,8 @@ def main() -> None:
     """Run the command line and leave the process with its exit code."""
     interrupt.install()
     try:
-        app()
+        with interrupt.noticed():
+            app()
     except interrupt.Interrupted as stop:
         interrupt.leave(stop.code)
     except FlagtreeError as error:

@@ -10,11 +10,14 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 GRACE = 3.0  # seconds for pools and temporary folders to be cleaned up
+_received: list[int] = []  # numbers of the signals that came
 
 
 class Interrupted(BaseException):
@@ -34,6 +37,7 @@ def install() -> None:
             os._exit(128 + number)
         for later in (signal.SIGINT, signal.SIGTERM):
             signal.signal(later, signal.SIG_IGN)
+        _received.append(number)
         sys.addaudithook(_no_more_children)
         _send(signal.SIGTERM)
         watch = threading.Timer(GRACE, leave, (128 + number,))
@@ -43,6 +47,18 @@ def install() -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handle)
+
+
+@contextmanager
+def noticed() -> Iterator[None]:
+    """Whatever error leaves the block after a signal becomes `Interrupted`: an import or a worker that was told to stop fails in its own
+    way, and torch takes even our exception in `import numpy` for a numpy that is not there."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if _received:
+            raise Interrupted(_received[0]) from error
+        raise
 
 
 def _no_more_children(event: str, args: tuple[object, ...]) -> None:

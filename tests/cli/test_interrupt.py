@@ -67,3 +67,29 @@ def test_a_signal_ends_pool_and_children(number: signal.Signals, code: int, pool
     while not gone(children) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert gone(children)
+
+
+SWALLOWED = """
+import os, signal, sys
+from flagtree.cli import app, interrupt
+
+class Swallows:  # an import that takes the signal for a missing module and fails later
+    def __call__(self):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except BaseException:
+            pass
+        {then}
+
+app.app = Swallows()
+app.main()
+"""
+
+
+@pytest.mark.parametrize("then", ["raise ImportError('cannot load module more than once per process')", "sys.exit(0)",
+                                  "from flagtree.errors import ToolchainError; raise ToolchainError('the worker is gone')"])
+def test_a_signal_that_a_library_swallows_still_ends_as_one(then: str, repository: Path) -> None:
+    run = subprocess.run([sys.executable, "-c", SWALLOWED.replace("{then}", then)], env={**os.environ, "PYTHONPATH": str(repository)},
+                         capture_output=True, text=True, timeout=60)
+    assert run.returncode == 130, run.stderr
+    assert run.stderr == "interrupted: what was finished is kept, run the same command to go on\n"
