@@ -21,7 +21,7 @@ def installed() -> bool:
 
 
 def test_there_are_examples() -> None:
-    assert {"add_a_pass.py", "add_a_target.py", "compile_and_load.py", "compile_block.py"} <= set(EXAMPLES)
+    assert {"a_pass_in_fifteen_minutes.py", "a_chip_in_an_hour.py", "compile_and_load.py", "compile_block.py"} <= set(EXAMPLES)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

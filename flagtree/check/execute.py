@@ -23,6 +23,7 @@ from flagtree.toolchain.emulator_memory import PROMISED
 
 EMULATED = "maca-ir (emulated)"
 EMULATED_FOR_ANOTHER = "same TTIR through MACA lowering; ptx/hsaco not executed"
+EMULATED_TTIR = "same TTIR through MACA lowering; the chip's own compiler has not run"
 VARIANTS = ("aligned", "generic")
 Route = Callable[[Sequence[Operand], Sequence[int]], None]
 SECONDS = 120.0  # limit of one emulated run
@@ -53,8 +54,9 @@ class Executor:
         needs_emulator = any(self.variants(b) for b in built)
         self.no_emulator = emulator.missing() if needs_emulator else ""
         self.uses_emulator = needs_emulator and not self.no_emulator
-        own = needs_emulator and target.probe().executes == "emulator"
-        self.emulated = EMULATED if own else EMULATED_FOR_ANOTHER
+        reach = target.probe()
+        another = EMULATED_FOR_ANOTHER if reach.tier == "binary" else EMULATED_TTIR
+        self.emulated = EMULATED if needs_emulator and reach.executes == "emulator" else another
 
     def versions(self) -> dict[str, str]:
         """Of the tools that made what runs."""

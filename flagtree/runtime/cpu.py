@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import itertools
 import os
 import platform
 import tempfile
@@ -28,6 +29,7 @@ _FEATURES = {
     "x86-64-v4": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
 }
 _libraries: dict[str, CpuLibrary] = {}
+_mapped = itertools.count()
 
 
 @functools.cache
@@ -78,7 +80,7 @@ class CpuLibrary:
 
     def __init__(self, data: bytes, where: str) -> None:
         self.where = where
-        self._library, self._memory = _map(data, where)
+        self._library = _map(data, where)
         self._functions: dict[str, Callable[[int, int], object]] = {}
 
     def kernel(self, digest: str) -> Callable[[int, int], object]:
@@ -106,28 +108,31 @@ def load_library(data: bytes, where: str = "") -> CpuLibrary:
     return _libraries[key]
 
 
-def _map(data: bytes, where: str) -> tuple[ctypes.CDLL, int | None]:
-    """dlopen from anonymous memory where the system has it, else from a private file that is gone afterwards.
-
-    The memory's descriptor stays open for good: the loader knows libraries by path, and a second one under the number
-    of a closed first one would be taken for it.
-    """
+def _map(data: bytes, where: str) -> ctypes.CDLL:
+    """dlopen from anonymous memory where the system has it, else from a private file that is gone afterwards."""
     if hasattr(os, "memfd_create"):
         memory = os.memfd_create("flagtree", os.MFD_CLOEXEC)
-        try:
-            _write_all(memory, data)
-            return _dlopen(f"/proc/self/fd/{memory}"), memory
-        except OSError:
-            os.close(memory)  # no /proc, or memory may not be executed: the file below decides
+        with contextlib.suppress(OSError):  # no /proc, or memory may not be executed: the file below decides
+            try:
+                _write_all(memory, data)
+                return _dlopen(_fresh_path(memory))
+            finally:
+                os.close(memory)
     try:
         settings.cache_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(prefix="map-", dir=settings.cache_dir) as folder:
             path = Path(folder) / "kernels.so"
             path.write_bytes(data)
-            return _dlopen(str(path)), None
+            return _dlopen(str(path))
     except OSError as e:
         hint = "set FLAGTREE_CACHE_DIR to a folder from which programs may be executed"
         raise StoreError("cannot map the kernels", where=where, why=str(e), hint=hint) from None
+
+
+def _fresh_path(handle: int) -> str:
+    """A path to an open file that no earlier call has spelled: the loader takes a path that it knows for the library that it has, and
+    the number of a closed file comes again.  The call's number is written in steps that lead nowhere, "/" for 0 and "/." for 1."""
+    return "/proc/self/fd" + "".join("/." if bit == "1" else "/" for bit in f"{next(_mapped):b}") + f"/{handle}"
 
 
 def _dlopen(path: str) -> ctypes.CDLL:

@@ -19,6 +19,7 @@ FAMILIES: Mapping[str, str] = {
     "cuda": "flagtree.targets.cuda",
     "rocm": "flagtree.targets.rocm",
     "metax": "flagtree.targets.metax",
+    "flagos": "flagtree.targets.flagos",
 }
 GROUP = "flagtree.targets"
 
@@ -87,6 +88,6 @@ def _targets_of(module_name: str, module: object) -> tuple[Target, ...]:
     if not isinstance(found, tuple) or not all(isinstance(t, Target) for t in found):
         raise TargetError(
             "a target family without a table of targets", where=module_name, why="`TARGETS` is no tuple of Target",
-            hint="see examples/add_a_target.py",
+            hint="see examples/a_chip_in_an_hour.py",
         )
     return found

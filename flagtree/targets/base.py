@@ -52,7 +52,8 @@ def _no_device(properties: object) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """`language`: the code generator ("cpp" or "triton").  `toolchain`: a module of flagtree.toolchain.
+    """`language`: the code generator ("cpp" or "triton").  `toolchain`: a module of flagtree.toolchain,
+    or the whole name of another one with the same functions (toolchain/base.py).
     `facts_from`: the source of each hardware fact, by field name.  Sizes in bytes, counts plain.  `executes`: do devices with these
     driver attributes run its code; `fit`: how well it fits a device that torch describes (its device properties), 0 for not at all."""
 

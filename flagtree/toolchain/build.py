@@ -29,7 +29,8 @@ class Toolchain(Protocol):
 
 
 def toolchain_of(target: Target) -> Toolchain:
-    return importlib.import_module(f"flagtree.toolchain.{target.toolchain}")
+    """The module that the target names: one of this package, or by its whole name one of the package that brings the target."""
+    return importlib.import_module(target.toolchain if "." in target.toolchain else f"flagtree.toolchain.{target.toolchain}")
 
 
 def key_factors(digest: str, target: Target, versions: dict[str, str]) -> KeyFactors:

@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 import platform
-import select
+import selectors
 import subprocess
 import sys
 import tempfile
@@ -77,8 +77,9 @@ class Session:
         try:
             self._process.stdin.write(line)
             self._process.stdin.flush()
-            ready, _, _ = select.select([self._process.stdout], [], [], seconds)
-            return self._process.stdout.readline() if ready else None
+            with selectors.DefaultSelector() as answer:  # `select` itself refuses descriptors above 1023
+                answer.register(self._process.stdout, selectors.EVENT_READ)
+                return self._process.stdout.readline() if answer.select(seconds) else None
         except BrokenPipeError:
             return b""
 

@@ -17,14 +17,13 @@ import triton
 from triton._C.libtriton import amd, ir, llvm, passes
 from triton.backends import Backend, backends
 from triton.backends.compiler import BaseBackend, GPUTarget, Language
-from triton.backends.driver import DriverBase
 from triton.compiler import make_backend
 
 from flagtree.errors import ToolchainError
 from flagtree.toolchain.maca_ir import LANES, convert
+from flagtree.toolchain.ttir_backend import CompileOnly, check_release, manager_of, portable_ttir
 
 NAME = "maca"
-TESTED = ((3, 6), (3, 7), (3, 8), (3, 9))  # pass bindings are Triton internals: an untested release is refused
 PROCESSORS = {80: "xcore1000", 86: "xcore1500", 89: "xcore1600"}  # capability -> mxcc --offload-arch
 SHARED_BYTES = 64 * 1024  # of one block
 MAX_WARPS = 8  # C550: 512 threads a block
@@ -39,12 +38,7 @@ def register() -> None:
     """
     if NAME in backends:
         return
-    release = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if release not in TESTED:
-        tested = ", ".join(f"{major}.{minor}" for major, minor in TESTED)
-        raise ToolchainError(
-            f"the MACA lowering is not tested with Triton {triton.__version__}", why=f"tested: {tested}", hint='install "triton>=3.6,<3.10"'
-        )
+    check_release()
     backends[NAME] = Backend(compiler=MacaBackend, driver=MacaDriver)
 
 
@@ -135,36 +129,11 @@ class MacaBackend(BaseBackend):
         stages["llir"] = lambda module, metadata: make_llir(module, metadata, options).encode()
 
 
-class MacaDriver(DriverBase):
+class MacaDriver(CompileOnly):
     """A driver that is never active: it must not compete with CUDA's on a machine that has a GPU."""
 
-    @classmethod
-    def is_active(cls) -> bool:
-        return False
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        raise self._absent()
-
-    def get_current_target(self) -> GPUTarget:
-        raise self._absent()
-
-    def get_active_torch_device(self) -> Any:
-        raise self._absent()
-
-    def get_benchmarker(self) -> Any:
-        raise self._absent()
-
-    @staticmethod
-    def _absent() -> ToolchainError:
-        return ToolchainError(
-            "the MACA lowering only compiles", why="it has no driver", hint="load the bundle on a machine with MetaX's SDK"
-        )
-
-
-def _manager(module: Any) -> Any:
-    manager = ir.pass_manager(module.context)
-    manager.enable_debug()
-    return manager
+    why = "the MACA lowering only compiles"
+    hint = "load the bundle on a machine with MetaX's SDK"
 
 
 def _add(namespace: Any, name: str, manager: Any, *signatures: tuple) -> None:
@@ -186,25 +155,12 @@ def make_ttir(module: Any, metadata: dict[str, Any], options: MacaOptions) -> An
         stages: dict[str, Callable] = {}
         backend.add_stages(stages, backend.parse_options({"enable_fp_fusion": options.enable_fp_fusion}), Language.TRITON)
         return stages["ttir"](module, metadata)
-    manager = _manager(module)
-    passes.common.add_inliner(manager)
-    if hasattr(passes.ttir, "add_rewrite_tensor_pointer"):  # until 3.8
-        passes.ttir.add_rewrite_tensor_pointer(manager)
-    passes.ttir.add_rewrite_tensor_descriptor_to_pointer(manager)
-    passes.common.add_canonicalizer(manager)
-    passes.ttir.add_combine(manager)
-    passes.ttir.add_reorder_broadcast(manager)
-    passes.common.add_cse(manager)
-    passes.ttir.add_triton_licm(manager)
-    passes.common.add_symbol_dce(manager)
-    passes.ttir.add_loop_unroll(manager)
-    manager.run(module, "make_ttir")
-    return module
+    return portable_ttir(module)
 
 
 def make_ttgir(module: Any, options: MacaOptions) -> Any:
     """Layouts for warps of 64 lanes; `tl.dot` to matrix instructions of 16x16x16."""
-    manager = _manager(module)
+    manager = manager_of(module)
     passes.ttir.add_convert_to_ttgpuir(manager, f"{NAME}:{options.arch}", options.num_warps, LANES, 1)
     passes.ttgpuir.add_coalesce(manager)
     passes.ttgpuir.add_f32_dot_tc(manager, False)
@@ -230,7 +186,7 @@ def make_llir(module: Any, metadata: dict[str, Any], options: MacaOptions) -> st
     """MACA LLVM IR.  Sets `shared` (bytes), `num_warps` and `name`.  Raises ToolchainError above the hardware's shared memory."""
     # the borrowed lowering asks the module for an AMD processor, for this step only
     module.set_attr("ttg.target", ir.builder(module.context).get_string_attr(f"hip:{LOWERING}"))
-    manager = _manager(module)
+    manager = manager_of(module)
     passes.convert.add_scf_to_cf(manager)
     passes.convert.add_index_to_llvmir(manager)
     _add(amd.passes.ttgpuir, "add_allocate_shared_memory", manager, (LOWERING,), ())

@@ -123,12 +123,17 @@ def build(request: dict[str, Any]) -> dict[str, object]:
     target = GPUTarget(backend, arch, warp)
     aligned = triton.compile(ASTSource(kernel, signature, constexprs, attrs), target=target, options=request["options"])
     variants: dict[str, Any] = {}
-    ttgir = without_promises(aligned.asm["ttgir"])
-    if ttgir == aligned.asm["ttgir"]:
-        variants["generic"] = (aligned, aligned.asm)
+    last = "ttgir" if "ttgir" in aligned.asm else "ttir"
+    promised = aligned.asm[last] if last == "ttgir" else aligned.asm[last].decode()  # the last stage of all comes as bytes
+    unpromised = without_promises(promised)
+    if unpromised == promised:
+        variants["generic"] = (aligned, {**aligned.asm, last: promised})
+    elif last == "ttir":  # the tier `ttir`: nothing is compiled from it here
+        variants["aligned"] = (aligned, {"ttir": promised})
+        variants["generic"] = (aligned, {"ttir": unpromised})
     else:
         path = folder / f"{request['function']}.ttgir"
-        path.write_text(ttgir)
+        path.write_text(unpromised)
         generic = triton.compile(str(path), target=target, options=request["options"])
         variants["aligned"] = (aligned, aligned.asm)
         variants["generic"] = (generic, {**generic.asm, "ttir": without_promises(aligned.asm["ttir"])})

@@ -41,7 +41,7 @@ def test_a_small_model(place: Place, small_config: str, target: str) -> None:
 @pytest.mark.parametrize("target", ["cpu", "metax"])
 def test_qwen3_8b_in_three_minutes(place: Place, target: str) -> None:
     found, seconds = verified(place, target, "qwen3")
-    assert len(found["kernels"]) == 17
+    assert len(found["kernels"]) == (18 if target == "cpu" else 17)  # the product of a few rows is our own on the CPU
     assert seconds <= 180, seconds
     left_out = [reason for row in found["kernels"] for reason in row["left_out"]]
     assert bool(left_out) == (target == "cpu") and all(reason.startswith("all at the upper end") for reason in left_out)

@@ -268,6 +268,15 @@ def test_the_same_bytes_are_mapped_once_and_others_apart(build: Build) -> None:
     assert a is not b
 
 
+def test_libraries_beyond_the_limit_of_open_files(build: Build) -> None:
+    """A program that compiles thousands of graphs holds no descriptor for any, and none is taken for an earlier one."""
+    _, library = build(STEP, BODIES)
+    before = len(os.listdir("/proc/self/fd"))
+    mapped = [cpu.CpuLibrary(library + bytes([k]), "here") for k in range(60)]  # bytes after the end of an object mean nothing
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert len({one._library._handle for one in mapped}) == len(mapped)
+
+
 def test_without_memory_files_the_cache_folder_serves(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, library = build(STEP, BODIES)
     monkeypatch.setenv("FLAGTREE_CACHE_DIR", str(tmp_path / "größe mit blank"))
