@@ -210,7 +210,7 @@ def test_an_interrupted_request_is_not_answered_later(monkeypatch: pytest.Monkey
 
     kernel(COPY).run((1,), 1, [integers(64), integers(64)])
     with monkeypatch.context() as patch:
-        patch.setattr(emulator_session.select, "select", interrupted)
+        patch.setattr(emulator_session.selectors.DefaultSelector, "select", interrupted)
         with pytest.raises(KeyboardInterrupt):
             kernel(COPY).run((1,), 1, [integers(64), integers(64)])
     out = integers(64)
