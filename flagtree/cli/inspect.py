@@ -24,18 +24,30 @@ EXAMPLES = """
 `flagtree inspect bundles/qwen3-metax` shows kernels, tiers, coverage and whether this machine trusts it.
 
 `flagtree inspect bundles/qwen3-metax --json | jq .tiers` is for a script.
+
+`flagtree inspect bundles/qwen3-metax --html qwen3.html` writes one page with the model's picture, every kernel's code, plots and
+the certificate; it opens in any browser, offline.
 """
 
 
 def run(
     bundle: Annotated[Path, typer.Argument(help="A bundle: its folder, or a single .ftb file.", show_default=False)],
     json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on stdout.")] = False,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write one page to look at, and its path on stdout.", show_default=False)
+    ] = None,
 ) -> None:
     """Show what a bundle holds; none of its code is run."""
     from flagtree.artifact.bundle import inspect, open_bundle
     from flagtree.artifact.trust import is_built_here
 
     opened = open_bundle(bundle)
+    if html is not None:
+        from flagtree.cli.page import write_page
+
+        write_page(opened, html, is_built_here(opened.digest))
+        typer.echo(json_module.dumps({"html": str(html)}, ensure_ascii=False) if json else str(html))
+        return
     facts = {**inspect(opened), "trusted": is_built_here(opened.digest)}
     if json:
         typer.echo(json_module.dumps(facts, ensure_ascii=False, default=str))

@@ -71,8 +71,11 @@ def _probe(capability: int) -> Reach:
     return reach(partial(has_device, capability))
 
 
-def _target(capability: int, description: str, shared_kib: int, ptx: int, driver: str, *aliases: str) -> Target:
-    """One compute capability; `shared_kib` is the most that a block may opt in to, `ptx` times ten the PTX version."""
+def _target(
+    capability: int, description: str, shared_kib: int, ptx: int, driver: str, *aliases: str, of: str, gigabytes: float, teraflops: float
+) -> Target:
+    """One compute capability; `shared_kib` is the most that a block may opt in to, `ptx` times ten the PTX version; `gigabytes` a second
+    and f32 `teraflops` are those of the product `of`."""
     return Target(
         name=f"cuda:sm{capability}",
         family="cuda",
@@ -86,6 +89,8 @@ def _target(capability: int, description: str, shared_kib: int, ptx: int, driver
         max_threads=1024,
         shared_bytes=shared_kib * 1024,
         row_limit=16384,
+        bandwidth=gigabytes * 1e9,
+        peak=teraflops * 1e12,
         dtypes=_DTYPES | {"f8e4m3fn"} if capability >= 89 else _DTYPES,
         options={"ptx_version": ptx, "driver": driver},
         facts_from={
@@ -94,6 +99,8 @@ def _target(capability: int, description: str, shared_kib: int, ptx: int, driver
             "shared_bytes": f"{_CAPABILITY}: maximum amount of shared memory per thread block",
             "dtypes": "triton/backends/nvidia/compiler.py: fp8e4nv needs compute capability 8.9",
             "row_limit": "ours: 32 elements a thread with 16 warps, four live f32 tensors in 128 of 255 registers",
+            "bandwidth": f"NVIDIA's data sheet of the {of}",
+            "peak": f"NVIDIA's data sheet of the {of}: FP32",
             "ptx_version": f"{_PTX}: {ptx // 10}.{ptx % 10} is read by driver {driver} and newer",
         },
         probe=partial(_probe, capability),
@@ -104,10 +111,10 @@ def _target(capability: int, description: str, shared_kib: int, ptx: int, driver
 
 
 TARGETS = (
-    _target(90, "NVIDIA H100, H200, GH200 (Hopper)", 227, 82, "535", "nvidia", "cuda"),
-    _target(80, "NVIDIA A100 (Ampere)", 163, 82, "535"),
-    _target(86, "NVIDIA A10, A40, RTX 30 (Ampere)", 99, 82, "535"),
-    _target(89, "NVIDIA L4, L40, RTX 40 (Ada)", 99, 82, "535"),
-    _target(100, "NVIDIA B200, GB200 (Blackwell)", 227, 87, "570"),
-    _target(120, "NVIDIA RTX 50, RTX PRO 6000 (Blackwell)", 99, 87, "570"),
+    _target(90, "NVIDIA H100, H200, GH200 (Hopper)", 227, 82, "535", "nvidia", "cuda", of="H100 SXM", gigabytes=3350, teraflops=67),
+    _target(80, "NVIDIA A100 (Ampere)", 163, 82, "535", of="A100 80GB SXM", gigabytes=2039, teraflops=19.5),
+    _target(86, "NVIDIA A10, A40, RTX 30 (Ampere)", 99, 82, "535", of="A10", gigabytes=600, teraflops=31.2),
+    _target(89, "NVIDIA L4, L40, RTX 40 (Ada)", 99, 82, "535", of="L4", gigabytes=300, teraflops=30.3),
+    _target(100, "NVIDIA B200, GB200 (Blackwell)", 227, 87, "570", of="B200", gigabytes=8000, teraflops=80),
+    _target(120, "NVIDIA RTX 50, RTX PRO 6000 (Blackwell)", 99, 87, "570", of="RTX 5090", gigabytes=1792, teraflops=104.8),
 )

@@ -44,7 +44,8 @@ def _probe(architecture: str) -> Reach:
     return reach(partial(has_device, architecture))
 
 
-def _target(architecture: str, description: str, *aliases: str) -> Target:
+def _target(architecture: str, description: str, *aliases: str, of: str, terabytes: float, teraflops: float) -> Target:
+    """One architecture; `terabytes` a second and f32 `teraflops` of the vector units are those of the product `of`."""
     return Target(
         name=f"rocm:{architecture}",
         family="rocm",
@@ -58,12 +59,16 @@ def _target(architecture: str, description: str, *aliases: str) -> Target:
         max_threads=1024,
         shared_bytes=64 * 1024,
         row_limit=16384,
+        bandwidth=terabytes * 1e12,
+        peak=teraflops * 1e12,
         dtypes=_DTYPES,
         facts_from={
             "warp": f"{_CDNA}: wave64",
             "max_threads": f"{_CDNA}: 16 wavefronts in a work-group",
             "shared_bytes": f"{_CDNA}: 64 KiB of LDS in a work-group",
             "dtypes": "8-bit floats are left out: gfx942 has the FNUZ forms, which are not the IR's",
+            "bandwidth": f"AMD's data sheet of the {of}",
+            "peak": f"AMD's data sheet of the {of}: peak single precision, vector",
             "row_limit": "ours: 16 elements a thread with 16 wavefronts",
         },
         probe=partial(_probe, architecture),
@@ -73,6 +78,6 @@ def _target(architecture: str, description: str, *aliases: str) -> Target:
 
 
 TARGETS = (
-    _target("gfx942", "AMD Instinct MI300A, MI300X, MI325X (CDNA 3)", "amd", "rocm"),
-    _target("gfx90a", "AMD Instinct MI210, MI250 (CDNA 2)"),
+    _target("gfx942", "AMD Instinct MI300A, MI300X, MI325X (CDNA 3)", "amd", "rocm", of="MI300X", terabytes=5.3, teraflops=163.4),
+    _target("gfx90a", "AMD Instinct MI210, MI250 (CDNA 2)", of="MI250X", terabytes=3.2, teraflops=47.9),
 )
