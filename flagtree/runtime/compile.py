@@ -27,6 +27,7 @@ from flagtree.runtime.parts import home_of, split
 from flagtree.runtime.prepare import Library
 from flagtree.runtime.results import Results, size
 from flagtree.runtime.strides import Restride
+from flagtree.runtime.whole_call import Function
 from flagtree.settings import settings
 
 log = logging.getLogger("flagtree")
@@ -238,16 +239,22 @@ class Callee:
         self.states = [i for i, b in enumerate(self.executable.inputs) if b.role == "state"]
         self.results = Results(results, launch["symbols"], [b.name for b in self.executable.inputs])
         self.restride: Restride | None = None
+        self._whole: Function | None = None  # one call from here to the kernels and back
         for found in _observers:
             found.append(self)
 
     def __call__(self, *given: Any) -> tuple:
+        if self._whole is not None and (results := self._whole(*given)) is not None:
+            return results
         args = given if self.restride is None else self.restride(given)
         if args is None:
             return self.eager(*given)  # a written argument that lies otherwise than tracing believed
         if self.states and self._overlap(args):
             return self.eager(*args)  # a written input shares memory with another: the order of single elements matters
-        return self.results(self.call(args), args)
+        results = self.results(self.call(args), args)
+        if self.restride is None and not self.states and self.results.in_order and len(results) == len(self.launch["outputs"]):
+            self._whole = self.executable.whole
+        return results
 
     def _overlap(self, args: Sequence[Any]) -> bool:
         homes = [a.untyped_storage().data_ptr() if isinstance(a, torch.Tensor) and a.numel() else None for a in args]

@@ -80,7 +80,7 @@ class CpuLibrary:
 
     def __init__(self, data: bytes, where: str) -> None:
         self.where = where
-        self._library = _map(data, where)
+        self.shared = _map(data, where)
         self._functions: dict[str, Callable[[int, int], object]] = {}
 
     def kernel(self, digest: str) -> Callable[[int, int], object]:
@@ -88,7 +88,7 @@ class CpuLibrary:
         The call releases Python's lock.  BundleError when the object lacks it."""
         if digest not in self._functions:
             try:
-                function = self._library[f"ft_{digest[:16]}"]
+                function = self.shared[f"ft_{digest[:16]}"]
             except AttributeError:
                 raise BundleError(f"the library lacks the kernel {digest[:16]}", where=self.where, hint="build it again") from None
             function.argtypes, function.restype = (ctypes.c_void_p, ctypes.c_void_p), None

@@ -24,7 +24,7 @@ from flagtree.runtime.index import Expression, evaluate, same_strides
 from flagtree.runtime.prepare import Allocate, Build, Call, Launch, Layout, Prepared, Release, Step, check_symbol, read_symbol
 
 # what Inductor's generated code calls for its outputs: it goes past the dispatcher, in half the time
-_empty_strided_cpu: Callable[..., torch.Tensor] = torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-defined]
+empty_strided_cpu: Callable[..., torch.Tensor] = torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-defined]
 Positions = tuple[tuple[int, int], ...]  # (word of the pointer block, bytes after element 0)
 
 
@@ -89,18 +89,19 @@ class Frame:
                     fixed.add(name)
         return fixed
 
-    def _positions(self, name: str) -> Positions:
+    def positions(self, name: str) -> Positions:
+        """Where kernels look for the buffer's address, and for its views'."""
         return tuple((at, evaluate(offset, self.values)) for at, offset in self.prepared.words.get(name, ()))
 
     def _point(self, name: str, address: int) -> None:
-        for at, offset in self._positions(name):
+        for at, offset in self.positions(name):
             self.words[at] = address + offset
 
     def _input_writers(self, inputs: Sequence[Declared]) -> list[tuple[int, int, Positions, torch.Tensor | None]]:
         """Per argument: its place, its slot, the words that hold its address, the cell where a number is kept for kernels."""
         out = []
         for i, buffer in enumerate(inputs):
-            positions, cell = self._positions(buffer.name), None
+            positions, cell = self.positions(buffer.name), None
             if buffer.role == "scalar" and positions:
                 cell = torch.empty((), dtype=self.prepared.layouts[buffer.name].dtype, device=self.tensors)
                 self._point(buffer.name, cell.data_ptr())
@@ -171,7 +172,7 @@ class Frame:
     def _allocate(self, name: str) -> Callable[[], None]:
         layout, put = self.prepared.layouts[name], self._put(name)
         fixed, dtype = None if layout.late else layout.at(self.values), layout.dtype
-        make = _empty_strided_cpu if self.tensors.type == "cpu" else functools.partial(_empty_strided, self.tensors)
+        make = empty_strided_cpu if self.tensors.type == "cpu" else functools.partial(_empty_strided, self.tensors)
 
         def run() -> None:
             sizes, strides = fixed or layout.at(self.values)
@@ -197,7 +198,7 @@ class Frame:
         moving = self.prepared.words.get(name, ())
         if any(not isinstance(offset, int) for _, offset in moving):
             return lambda value: self._put_moving(slot, moving, value)
-        positions = self._positions(name)
+        positions = self.positions(name)
 
         def put(value: Any) -> None:
             slots[slot] = value
@@ -282,7 +283,7 @@ class Frame:
         self, function: Callable[..., Any], take: Callable[[list[Any]], tuple], name: str, receive: Callable[[Any], None]
     ) -> Callable[[], None]:
         """The common call in one closure, which is half the time: what does not look as declared goes to `receive`."""
-        slots, words, slot, positions = self.slots, self.words, self.prepared.slot[name], self._positions(name)
+        slots, words, slot, positions = self.slots, self.words, self.prepared.slot[name], self.positions(name)
         layout, tensor = self.prepared.layouts[name], torch.Tensor
         (sizes, strides), dtype = layout.at(self.values), layout.dtype
 

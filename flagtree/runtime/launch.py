@@ -16,6 +16,7 @@ from flagtree.runtime.expand import Declared
 from flagtree.runtime.frame import Frame
 from flagtree.runtime.gpu import Device
 from flagtree.runtime.prepare import Library, Prepared, SymbolSpec, check_symbol, read_symbol
+from flagtree.runtime.whole_call import Function, whole_call
 
 KEPT_BYTES = 256 << 20  # arenas kept between calls, for one session
 KEPT_FRAMES = 16
@@ -44,6 +45,11 @@ class Executable:
         program hands one back, None for an output nobody needs."""
         return self._session(args)
 
+    @property
+    def whole(self) -> Function | None:
+        """`call` as one builtin function over the inputs, once a first call has made it; None from it leaves a call to `call`."""
+        return self._session.whole
+
     def bind(self, given: Mapping[str, torch.Tensor]) -> Session:
         """A session in which the named buffers (weights) are fixed; its `inputs` are the rest."""
         return Session(self, given)
@@ -61,6 +67,8 @@ class Session:
         self._readers = [(i, self._reader(s), s) for i, s in early]
         self._values = [max(1, s.lo) for s in self.prepared.symbols]  # for symbols that an extern resolves later
         self._frames: dict[tuple[int, ...], Frame] = {}
+        self.whole: Function | None = None
+        self._is_first = True
         self._autocasts = sorted({"cpu", self.prepared.tensors.type})
 
     def _reader(self, symbol: SymbolSpec) -> Callable[[Sequence[Any]], int]:
@@ -77,6 +85,8 @@ class Session:
 
     def __call__(self, args: Sequence[Any]) -> tuple:
         """As `Executable.call`, over the buffers that are not bound."""
+        if self.whole is not None and (outputs := self.whole(*args)) is not None:
+            return outputs
         for kind in self._autocasts:
             if torch.is_autocast_enabled(kind):  # the launch list says every type; autocast would change them in externs
                 with torch.autocast(kind, enabled=False):
@@ -93,6 +103,10 @@ class Session:
             return self._on_device(self.prepared.device, key, args, values)
         frame = self._frames.pop(key, None) or self._frame(values)
         outputs = frame.run(args, values)
+        if self._is_first:
+            self._is_first, self.whole = False, whole_call(frame, self.inputs)
+            if self.whole is not None:
+                return outputs  # the frame is the function's now
         self._keep(key, frame)
         return outputs
 

@@ -31,13 +31,13 @@ class Results:
         self._results = results
         self._buffers = [k for kind, k in results if kind == "buffer"]
         self._only_buffers = len(self._buffers) == len(results)
-        self._in_order = self._only_buffers and self._buffers == list(range(len(results)))
+        self.in_order = self._only_buffers and self._buffers == list(range(len(results)))
         place = {name: k for k, name in enumerate(names)}
         self._sources = {s["name"]: (place[s["source"][1]], s["source"]) for s in symbols if s["source"][1] in place}
 
     def __call__(self, outputs: tuple, args: Sequence[Any]) -> tuple:
         """The graph's results from the launch list's `outputs` and the call's `args`."""
-        if self._in_order and len(outputs) == len(self._buffers):
+        if self.in_order and len(outputs) == len(self._buffers):
             return outputs
         if self._only_buffers:
             return tuple([outputs[k] for k in self._buffers])

@@ -27,7 +27,9 @@ from flagtree.toolchain.base import BuiltKernel
 
 NATIVE_NAMES = ("c++", "g++", "clang++")
 CROSS = {"x86_64": "x86_64-linux-gnu-g++", "aarch64": "aarch64-linux-gnu-g++"}  # Debian's and Ubuntu's names
+CALL = Path(__file__).with_name("call.cpp")  # a whole call of a launch list, in every library
 TIMEOUT = 120.0  # seconds for one compiler call; a kernel takes well under one
+BASE_LEVEL = {"x86_64": "x86-64-v2"}  # of libraries for no level
 ARCH_FLAGS = {"aarch64": "-march=armv8-a"}
 # the compiler fuses no multiply and add and relaxes no arithmetic, so that every level gives the same bits; integers wrap as the IR's do
 FLAGS = (
@@ -160,15 +162,20 @@ def link(objects: Iterable[tuple[str, bytes]], level: str | None = None, compile
     """
     machine = machine_of(level) if level is not None else platform.machine()
     compiler = compiler or find_compiler(machine)
+    call = _call_object(compiler, level or BASE_LEVEL.get(machine, machine))
     with tempfile.TemporaryDirectory(prefix="flagtree-") as folder:
-        names = []
-        for digest, data in sorted(dict(objects).items()):
-            names.append(f"{digest[:16]}.o")
-            (Path(folder) / names[-1]).write_bytes(data)
+        files = {"call.o": call, **{f"{digest[:16]}.o": data for digest, data in sorted(dict(objects).items())}}
+        for name, data in files.items():
+            (Path(folder) / name).write_bytes(data)
         # names in a file: a graph may have more kernels than a command line has room
-        (Path(folder) / "objects").write_text("\n".join(names), encoding="ascii")
+        (Path(folder) / "objects").write_text("\n".join(files), encoding="ascii")
         _call([compiler.path, "@objects", "-o", "kernels.so", *LINK_FLAGS], folder)
         return _output(Path(folder) / "kernels.so", compiler)
+
+
+@functools.lru_cache(maxsize=16)
+def _call_object(compiler: Compiler, level: str) -> bytes:
+    return compile_object(CALL.read_text(encoding="utf-8"), level, compiler)
 
 
 # -- many kernels ----------------------------------------------------------------------------------------------------

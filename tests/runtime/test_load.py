@@ -274,7 +274,7 @@ def test_libraries_beyond_the_limit_of_open_files(build: Build) -> None:
     before = len(os.listdir("/proc/self/fd"))
     mapped = [cpu.CpuLibrary(library + bytes([k]), "here") for k in range(60)]  # bytes after the end of an object mean nothing
     assert len(os.listdir("/proc/self/fd")) == before
-    assert len({one._library._handle for one in mapped}) == len(mapped)
+    assert len({one.shared._handle for one in mapped}) == len(mapped)
 
 
 def test_without_memory_files_the_cache_folder_serves(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
