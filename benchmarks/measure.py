@@ -131,7 +131,7 @@ class Panel:
     limit: Sequence[float]
 
 
-COLOURS = {"eager": "#9a9a9a", "inductor": "#d1812a", "flagtree": "#2166ac"}
+COLOURS = {"eager": "#9a9a9a", "inductor": "#d1812a", "flagtree": "#2166ac", "bundle": "#4393c3"}
 
 
 def plot(path: Path, title: str, unit: str, panels: Sequence[Panel], limit: str = "copy", columns: int = 3) -> None:
@@ -159,8 +159,8 @@ def plot(path: Path, title: str, unit: str, panels: Sequence[Panel], limit: str 
         axis.set_visible(False)
     for line in axes:
         line[0].set_ylabel(unit, fontsize=8)
-    handles, names = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=9)
+    legend = {name: handle for axis in axes.flat for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(legend.values()), list(legend), loc="outside lower center", ncols=len(legend), frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=12)
     figure.savefig(path, dpi=80)
     pyplot.close(figure)

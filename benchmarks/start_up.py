@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from measure import ROOT, conditions, rows, write
+from measure import ROOT, Panel, conditions, plot, rows, write
 
 SIZES = {"vocab_size": 1000, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 4, "num_attention_heads": 16,
          "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 512, "tie_word_embeddings": False}  # fmt: skip
@@ -201,6 +201,39 @@ def _table(found: Mapping[tuple[str, str], list[float]], names: Sequence[str], c
     return rows(header, [[n, *(c for key in columns for c in _cells(found[n, key], found["inductor", key]))] for n in names])
 
 
+def _reached(calls: Found, answers: Found) -> str:
+    """The goals of issue 4 beside what was measured: medians, Inductor's over ours."""
+
+    def gain(found: Found, key: str, ours: str = "flagtree") -> float:
+        return statistics.median(found["inductor", key]) / statistics.median(found[ours, key])
+
+    return "\n".join([
+        f"* cold, in all: **{gain(calls, 'cold all'):.1f}** times less than Inductor (goal 5); "
+        f"the compiler's own share **{gain(calls, 'cold own'):.1f}** times less (or goal 12)",
+        f"* warm, in all: **{gain(calls, 'warm all'):.1f}** times less (goal: below Inductor's)",
+        f"* a bundle loaded and called: **{gain(answers, 'all', 'bundle'):.1f}** times less than Inductor's warm start (goal 5)",
+    ])  # fmt: skip
+
+
+def picture(calls: Found, answers: Found, path: Path) -> None:
+    """Beside each start what no compiler behind Dynamo or loader can save: Dynamo's tracing, the reading of the weights."""
+
+    def middle(found: Found, name: str, key: str) -> float | None:
+        return statistics.median(found[name, key]) if (name, key) in found else None
+
+    panels = []
+    for state in ("cold", "warm"):
+        keys = [f"{state} all", f"{state} own"]
+        series = {name: [None if name == "eager" and "own" in key else middle(calls, name, key) for key in keys] for name in COMPILERS}
+        traced = (middle(calls, "flagtree", keys[0]) or 0.0) - (middle(calls, "flagtree", keys[1]) or 0.0)
+        panels.append(Panel(f"torch.compile, {state}", ["first call in all", "compiler's own share"], series, [traced, 0.0]))
+    weights = middle(answers, "bundle", "weights") or 0.0
+    labels = ["to the first logits", "of it until weights are there"]
+    series = {name: [middle(answers, name, key) for key in ("all", "weights")] for name in SERVED}
+    panels.append(Panel("from `import torch`, caches warm", labels, series, [weights, weights]))
+    plot(path, "Start of a 4-layer, 1024-wide Qwen3: less is better", "CPU seconds", panels, "Dynamo's tracing; reading the weights")
+
+
 def report(calls: Found, answers: Found, repeats: int) -> str:
     """The page in Markdown."""
     sizes = ", ".join(f"{k} {v}" for k, v in SIZES.items())
@@ -208,6 +241,7 @@ def report(calls: Found, answers: Found, repeats: int) -> str:
         "# Start of a 4-layer, 1024-wide Qwen3",
         f"{conditions()}\n* one thread; median of {repeats} fresh processes, order rotated; CPU seconds, children included\n"
         f"* {sizes}; float32; {TOKENS} tokens, no cache",
+        _reached(calls, answers),
         "## `torch.compile`: from the built model to the end of the first call",
         _table(calls, COMPILERS, {"cold all": "cold", "warm all": "warm"}),
         "## The compiler's own share of it",
@@ -236,6 +270,7 @@ def main() -> None:
     if options.out:
         data = {"first_call": calls, "answer": answers}
         write(options.out, text, {name: {" ".join(key): v for key, v in found.items()} for name, found in data.items()})
+        picture(calls, answers, options.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

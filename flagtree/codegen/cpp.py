@@ -16,7 +16,7 @@ from flagtree.codegen import cpp_gemm
 from flagtree.codegen import cpp_ops as ops
 from flagtree.codegen.cpp_body import large_name
 from flagtree.codegen.cpp_index import operand_text
-from flagtree.codegen.cpp_layout import LARGE, Layout, layout
+from flagtree.codegen.cpp_layout import LARGE, MOVED, Layout, layout
 from flagtree.codegen.cpp_prelude import prelude
 from flagtree.codegen.cpp_sweeps import RowWriter
 from flagtree.ir.dtypes import DTYPES
@@ -155,7 +155,7 @@ def _head(walk: Layout) -> list[str]:
         lines.append(f"{const}{ops.memory(b.dtype)} *const __restrict {b.name} = ({const}{ops.memory(b.dtype)} *)buffers[{k}];")
     lines += _symbols(walk)
     for name, op in _large_stores(walk).items():
-        lines.append(f"const bool {name} = {_factor(walk, walk.written(op))} >= {LARGE};")
+        lines.append(f"const bool {name} = {_factor(walk, walk.written(op))} >= {LARGE} && {_factor(walk, walk.moved())} >= {MOVED};")
     return lines
 
 

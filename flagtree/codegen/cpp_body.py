@@ -20,6 +20,8 @@ from flagtree.ir.index import ONE, Index
 from flagtree.ir.ops import OPS
 from flagtree.ir.program import Arg, BodyOp, Compute, IndexValue, Load, Scalar, Scan, Store
 
+ROUND, NEAREST = "round_bf16(", "nearest_bf16("  # around all of an expression
+
 
 @dataclass(slots=True)
 class BodyWriter:
@@ -35,13 +37,17 @@ class BodyWriter:
     lines: list[str] = field(default_factory=list)
     head: list[str] = field(default_factory=list)
     tail: list[str] = field(default_factory=list)
+    nearest: dict[str, str] = field(default_factory=dict)  # bf16 values as memory takes them: the low half of a word does not matter
 
     def write(self, op: BodyOp) -> None:
         """Append the statements of one op; a Reduce is not one (cpp_sweeps does those)."""
         if isinstance(op, Load):
             self._load(op)
         elif isinstance(op, Compute):
-            self._define(op.name, op.dtype, self._compute(op))
+            text = self._compute(op)
+            self._define(op.name, op.dtype, text)
+            if text.startswith(ROUND):
+                self.nearest[op.name] = NEAREST + text[len(ROUND) :]
         elif isinstance(op, IndexValue):
             self._index_value(op)
         elif isinstance(op, Scan):
@@ -87,11 +93,12 @@ class BodyWriter:
         dtype = self._common(op, typed, dtype)
         if op.op == "div" and dtype == op.dtype == "f32" and self._divides_alike(op.args):
             return f"divided({op.args[0]}, {op.args[1]})"
-        scalar_left = op.op in ops.BINARY and len(named) == len(op.args) - 1  # vector op scalar: the compiler spreads it
+        alike = bool(named) and op.op in ops.ALIKE and not self._varies(operands(op))
+        scalar_left = not alike and op.op in ops.BINARY and len(named) == len(op.args) - 1  # vector op scalar: the compiler spreads it
         args = tuple(self._arg(a, dtype, scalar_left and dtype != "b1") for a in typed)
         if op.op == "where":
             args = (self._arg(op.args[0], "b1", False), *args)
-        return ops.cast(ops.compute(op.op, dtype, args), "b1" if OPS[op.op].result == "b1" else dtype, op.dtype)
+        return ops.cast(ops.compute(op.op, dtype, args, alike), "b1" if OPS[op.op].result == "b1" else dtype, op.dtype)
 
     def _divides_alike(self, args: tuple[Arg, ...]) -> bool:
         """Every lane by the same value, which the loop over lanes does not change."""
@@ -139,7 +146,8 @@ class BodyWriter:
         masked = access.mask is not None
         spread_mask = masked and self._varies((str(access.mask),))
         if not self._varies(tuple(offset.names())):
-            text = f"widen_{dtype}(load_one({access.buffer} + {self._index(offset)}))"
+            address = f"{access.buffer} + {self._index(offset)}"
+            text = f"one_bf16({address})" if dtype == "bf16" else f"widen_{dtype}(load_one({address}))"
             if spread_mask:
                 return f"any_lane({access.mask}, n) ? select({access.mask}, {text}, {other}) : {other}"
             return f"{access.mask}[0] ? {text} : {other}" if masked else text
@@ -177,6 +185,8 @@ class BodyWriter:
     def _store(self, op: Store) -> None:
         dtype = next(b.dtype for b in self.layout.kernel.buffers if b.name == op.access.buffer)
         value = ops.cast(op.value, self._dtypes[op.value], dtype)
+        if dtype == "bf16" and op.mode == "set":
+            value = NEAREST + value[len(ROUND) :] if value.startswith(ROUND) else self.nearest.get(value, value)
         guard = self._guard(op)
         if op.mode != "set":
             self._update(op, dtype, value, guard)

@@ -15,7 +15,8 @@ from flagtree.ir.flat import FlatKernel, operands
 from flagtree.ir.index import ONE, Index
 from flagtree.ir.program import Axis, BodyOp, Compute, IndexValue, Load, Reduce, Scan, Store, defined
 
-LARGE = 16 << 20  # bytes of one output of a kernel that no core keeps for whoever reads it next
+LARGE = 16 << 20  # bytes of one output of a kernel that no core keeps for whoever reads it next,
+MOVED = 48 << 20  # where the kernel reads and writes so many in all: less may stay in a cache that cores share
 WIDE_OPS = frozenset(("sin", "cos"))  # computed in f64 also for f32
 
 
@@ -69,15 +70,24 @@ class Layout:
         """May write more than caches keep, whole lines that the kernel does not read: such a store goes past the caches."""
         if self.lane is None or op.mode != "set" or op.access.mask is not None or op.access.buffer in self._reloaded():
             return False
-        highest = self.kernel.bounds.maximum(self.written(op))
-        return op.access.index[0].coefficient(self.lane.name) == ONE and (highest is None or highest >= LARGE)
+        bounds = ((self.written(op), LARGE), (self.moved(), MOVED))
+        highest = [(self.kernel.bounds.maximum(size), least) for size, least in bounds]
+        return op.access.index[0].coefficient(self.lane.name) == ONE and all(h is None or h >= least for h, least in highest)
 
     def written(self, op: Store) -> Index:
         """Bytes."""
+        return self._touched(op)
+
+    def moved(self) -> Index:
+        """Bytes that all loads and stores touch, each buffer counted once."""
+        accesses = {op.access.buffer: op for op in self.kernel.body if isinstance(op, (Load, Store))}
+        return sum((self._touched(op) for op in accesses.values()), Index.of(0))
+
+    def _touched(self, op: Load | Store) -> Index:
         dtype = next(b.dtype for b in self.kernel.buffers if b.name == op.access.buffer)
         size = Index.of(DTYPES[dtype].bits // 8)
         for axis in self.kernel.axes:
-            size = size * (axis.extent if axis.name in self._store_axes(op) else ONE)
+            size = size * (axis.extent if axis.name in self.kernel.op_depends(op) else ONE)
         return size
 
     def _store_axes(self, op: Store) -> frozenset[str]:

@@ -33,6 +33,8 @@ BOOLEAN = {  # on masks: true is -1
     "eq": "~({0} ^ {1})", "ne": "{0} ^ {1}", "lt": "~{0} & {1}", "le": "~{0} | {1}", "gt": "{0} & ~{1}", "ge": "{0} | ~{1}",
     "min": "{0} & {1}", "max": "{0} | {1}", "and": "{0} & {1}", "or": "{0} | {1}", "xor": "{0} ^ {1}", "not": "~{0}",
 }  # fmt: skip
+# where every lane holds the same: slow instructions on one of them
+ALIKE = {"div": "quotient_alike({0}, {1})", "sqrt": "root_alike({0})", "rsqrt": "inverse_root_alike({0})"}
 COMPARISONS = frozenset(("eq", "ne", "lt", "le", "gt", "ge"))
 # results that are representable when the operands are: no rounding
 UNROUNDED = frozenset(("neg", "abs", "min", "max", "floor", "ceil", "trunc", "round", "copysign", "sign", "where", "fmod"))
@@ -130,8 +132,9 @@ def bitcast(text: str, source: str, target: str) -> str:
     return BITCASTS[source, target].format(text)
 
 
-def compute(op: str, dtype: str, args: tuple[str, ...]) -> str:
-    """One operation on operands of `dtype`: an expression of its result's register type (a mask for comparisons)."""
+def compute(op: str, dtype: str, args: tuple[str, ...], alike: bool = False) -> str:
+    """One operation on operands of `dtype`: an expression of its result's register type (a mask for comparisons).  `alike`: vectors all,
+    each the same in every lane."""
     if op in ("isnan", "isinf"):
         return f"mask({args[0]} != {args[0]})" if op == "isnan" else f"mask(absolute({args[0]}) == {literal(math.inf, dtype)})"
     if op == "where":
@@ -142,7 +145,9 @@ def compute(op: str, dtype: str, args: tuple[str, ...]) -> str:
         return BOOLEAN[op].format(*(a if a.isidentifier() else f"({a})" for a in args))
     if op in COMPARISONS:
         return f"mask({args[0]} {BINARY[op]} {args[1]})"
-    if op in ("shl", "shr"):
+    if alike and op in ALIKE and DTYPES[dtype].is_float:
+        text = ALIKE[op].format(*args)
+    elif op in ("shl", "shr"):
         name = "shift_left" if op == "shl" else "shift_right"
         text = f"{name}({args[0]}, {args[1]}, {DTYPES[dtype].bits})"
     elif op == "rsqrt":

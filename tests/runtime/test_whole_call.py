@@ -54,7 +54,7 @@ def test_an_input_comes_back_as_itself() -> None:
 
 def test_threads_at_once() -> None:
     """One holds the frame, the others go step by step."""
-    run, graph = compiled(columns, X)
+    _, graph = compiled(columns, X)
     whole = graph.executable.whole
     assert whole is not None
 

@@ -86,6 +86,12 @@ INLINE f32v fused(f32v a, f32v b, f32v c) {
 INLINE f32v fused(f32v a, f32v b, f32 c) { return fused(a, b, splat(c)); }
 INLINE f32v fused(f32v a, f32 b, f32v c) { return fused(a, splat(b), c); }
 INLINE f32v fused(f32v a, f32 b, f32 c) { return fused(a, splat(b), splat(c)); }
+//@ root_alike quotient_alike inverse_root_alike
+// of values that are the same in every lane: one lane at a scalar's latency, which is half of a wide vector's
+INLINE f32v root_alike(f32v x) { return splat(__builtin_sqrtf(x[0])); }
+INLINE f64v root_alike(f64v x) { return splat(__builtin_sqrt(x[0])); }
+template <class V> INLINE V quotient_alike(V a, V b) { return splat(a[0] / b[0]); }
+template <class V> INLINE V inverse_root_alike(V x) { return splat(1 / root_alike(x)[0]); }
 //@ divided
 // a / b where one b serves many vectors: by its reciprocal and two corrections, which give the quotient's own bits as long as
 // nothing leaves the normal range (P. Markstein, "Computation of elementary functions on the IBM RISC System/6000 processor",

@@ -100,29 +100,30 @@ INLINE i64v to_i64(i64v x) { return x; }
 INLINE i32v wrap_i8(i32v x) { return (x << 24) >> 24; }
 INLINE i32v wrap_u8(i32v x) { return x & 255; }
 INLINE i32v wrap_i16(i32v x) { return (x << 16) >> 16; }
-//@ round_bf16
+//@ nearest_bf16 round_bf16
 // to the nearest bf16, ties to even, kept as f32; a NaN stays a NaN.  Where the low halves of NaNs are known to be zero
 // (codegen/cpp.py), adding to them carries nothing into their upper halves, and they need no look.
-INLINE f32v round_bf16(f32v x) {
+// `nearest_bf16` leaves something in the low half: enough for what is stored.
+INLINE f32v nearest_bf16(f32v x) {
   u32v u = (u32v)x;
 #if CLEAN_NANS && X86_BUILTINS && NATIVE_BYTES == 64 && WIDEST_BYTES == 4
-  i32v up = (i32v)u + 0x7fff, odd = __builtin_ia32_paddd512_mask((i32v)u, splat(0x8000), up, __builtin_ia32_ptestmd512((i32v)u, splat(0x10000), -1));
-  return (f32v)((u32v)odd & 0xffff0000);
+  i32v up = (i32v)u + 0x7fff;  // masked adds: two instructions less
+  return (f32v)__builtin_ia32_paddd512_mask((i32v)u, splat(0x8000), up, __builtin_ia32_ptestmd512((i32v)u, splat(0x10000), -1));
 #elif CLEAN_NANS && X86_BUILTINS && NATIVE_BYTES == 64
-  i32v up = (i32v)u + 0x7fff, odd = __builtin_ia32_paddd256_mask((i32v)u, splat(0x8000), up, __builtin_ia32_ptestmd256((i32v)u, splat(0x10000), -1));
-  return (f32v)((u32v)odd & 0xffff0000);
+  i32v up = (i32v)u + 0x7fff;
+  return (f32v)__builtin_ia32_paddd256_mask((i32v)u, splat(0x8000), up, __builtin_ia32_ptestmd256((i32v)u, splat(0x10000), -1));
 #elif CLEAN_NANS
-  return (f32v)((u + 0x7fff + (u >> 16 & 1)) & 0xffff0000);
+  return (f32v)(u + 0x7fff + (u >> 16 & 1));
 #elif X86_BUILTINS && NATIVE_BYTES == 64 && WIDEST_BYTES == 4
-  i32v odd = splat(0x10000), even_up = (i32v)u + 0x7fff, quiet = splat(0x400000);  // masked adds: two instructions less
+  i32v odd = splat(0x10000), even_up = (i32v)u + 0x7fff, quiet = splat(0x400000);
   i32v r = __builtin_ia32_paddd512_mask((i32v)u, splat(0x8000), even_up, __builtin_ia32_ptestmd512((i32v)u, odd, -1));
-  r = __builtin_ia32_pord512_mask((i32v)u, quiet, r, __builtin_ia32_cmpps512_mask(x, x, 3, -1, 4));
-  return (f32v)((u32v)r & 0xffff0000);
+  return (f32v)__builtin_ia32_pord512_mask((i32v)u, quiet, r, __builtin_ia32_cmpps512_mask(x, x, 3, -1, 4));
 #else
-  u32v r = (u + 0x7fff + (u >> 16 & 1)) & 0xffff0000;
+  u32v r = u + 0x7fff + (u >> 16 & 1);
   return (f32v)(x == x ? r : u | 0x400000);
 #endif
 }
+INLINE f32v round_bf16(f32v x) { return (f32v)((u32v)nearest_bf16(x) & 0xffff0000); }
 //@ round_f16
 // to the nearest f16, ties to even, kept as f32: by integers where the result is normal, by adding 0.5 (whose last bit is the
 // smallest f16) where it is subnormal
@@ -252,6 +253,14 @@ template <class T> INLINE typename vector_of<T>::type load_where(const T *p, i32
 //@ load_one
 // one element in every lane
 template <class T> INLINE typename vector_of<T>::type load_one(const T *p) { return *p - typename vector_of<T>::type{}; }
+//@ one_bf16
+// the same as a float: widened before it is spread, which leaves the vector units two instructions less
+INLINE f32v one_bf16(const u16 *p) {
+  const u32 word = (u32)*p << 16;
+  f32 x;
+  __builtin_memcpy(&x, &word, sizeof x);
+  return splat(x);
+}
 //@ store
 template <class T> INLINE void store(T *p, typename vector_of<T>::type v, int n) {
   typedef typename vector_of<T>::type __attribute__((aligned(sizeof(T)), may_alias)) U;
