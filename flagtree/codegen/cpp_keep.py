@@ -1,23 +1,26 @@
 """Which values a later sweep over a row reads back instead of computing them again.
 
-A value that costs much (a transcendental function, a division, several roundings) and was computed in an earlier sweep is kept in a
-stack array of the row; cheap ones are computed again from their loads.  Rows too long for the stack keep nothing.
+A value that an earlier sweep stored in its own type is loaded from there.  One that costs much (a transcendental function, a division,
+several roundings) is kept in a stack array of the row; cheap ones are computed again from their loads.  Rows too long for the stack keep nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from flagtree.codegen import cpp_ops as ops
 from flagtree.codegen.cpp_layout import Layout
 from flagtree.ir.flat import operands
+from flagtree.ir.index import ONE
 from flagtree.ir.program import BodyOp, Compute, IndexValue, Load, Reduce, Scan, Store, defined
 
 WORTH = 14           # cost, in vector instructions, from which a store and a load are cheaper
+STORED_WORTH = 5      # the same where the store is there anyway: more than one load
 STACK_BYTES = 1 << 17  # of all kept values of a row: well inside the smallest thread stack in use (OpenMP's 2 MiB)
 COSTS = {"div": 10, "sqrt": 10, "rsqrt": 20, "neg": 1, "add": 1, "sub": 1, "mul": 1, "min": 3, "max": 3, "where": 1, "abs": 1, "cast": 1}
 DEAR = 20            # every other operation
+LOAD = 2
 ROUNDING = 7         # to a half float
 
 
@@ -42,6 +45,7 @@ def row_size(layout: Layout) -> int | None:
 
 def sweeps(layout: Layout, body: Sequence[BodyOp]) -> list[Sweep]:
     """What each sweep executes for one piece's body."""
+    stored = {op.value: op for op in body if isinstance(op, Store) and _can_be_read_back(layout, op)}
     size = row_size(layout)
     budget = 0 if size is None else STACK_BYTES // (size * layout.widest)
     defining = {n: op for op in body for n in defined(op) if not isinstance(op, Reduce) and layout.is_swept(op)}
@@ -53,6 +57,7 @@ def sweeps(layout: Layout, body: Sequence[BodyOp]) -> list[Sweep]:
         needed: set[str] = set()
         read: list[str] = []
         chosen: list[BodyOp] = []
+        there = {n for n, op in stored.items() if layout.sweep_of(op) < number}
         for op in reversed(tuple(body)):
             if isinstance(op, (Reduce, Store)):
                 wanted = layout.is_swept(op) and layout.sweep_of(op) == number
@@ -60,9 +65,12 @@ def sweeps(layout: Layout, body: Sequence[BodyOp]) -> list[Sweep]:
                 wanted = op.name in needed and op.name in defining
             if not wanted:
                 continue
+            if isinstance(op, Compute) and op.name in there and _cost(op.name, defining) >= STORED_WORTH:
+                chosen.append(Load(op.name, op.dtype, stored[op.name].access, None))
+                continue
             if not isinstance(op, (Reduce, Store)):
                 earlier = next((k for k, names in enumerate(executed) if op.name in names), None)
-                if earlier is not None and _cost(op.name, defining) >= WORTH and (op.name in rows or len(rows) < budget):
+                if earlier is not None and _cost(op.name, defining, there) >= WORTH and (op.name in rows or len(rows) < budget):
                     rows.add(op.name)
                     kept[earlier].add(op.name)
                     read.append(op.name)
@@ -75,8 +83,18 @@ def sweeps(layout: Layout, body: Sequence[BodyOp]) -> list[Sweep]:
     return [Sweep(tuple(b), frozenset(k), tuple(r), s) for (b, r), k, s in zip(out, kept, _streamed(layout, out), strict=True)]
 
 
+def _can_be_read_back(layout: Layout, op: Store) -> bool:
+    """Consecutive elements with the value's own bits, which stay in the caches and nothing else in the kernel writes."""
+    buffer, offset = op.access.buffer, op.access.index[0]
+    dtype = next(b.dtype for b in layout.kernel.buffers if b.name == buffer)
+    alone = sum(isinstance(o, Store) and o.access.buffer == buffer for o in layout.kernel.body) == 1
+    plain = op.mode == "set" and op.access.mask is None and layout.kernel.dtypes[op.value] == dtype and layout.lane_reduced
+    return plain and alone and not offset.names() & layout.kernel.dtypes.keys() and not layout.is_large(op) and (
+        layout.lane is not None and offset.coefficient(layout.lane.name) == ONE)
+
+
 def _streamed(layout: Layout, bodies: Sequence[tuple[list[BodyOp], list[str]]]) -> list[frozenset[str]]:
-    seen: set[str] = set()
+    seen = {op.access.buffer for op in layout.kernel.body if isinstance(op, Store)}
     streamed = []
     for body, _ in bodies:
         loads = [op for op in body if isinstance(op, Load) and op.access.buffer not in seen]
@@ -85,8 +103,8 @@ def _streamed(layout: Layout, bodies: Sequence[tuple[list[BodyOp], list[str]]]) 
     return streamed
 
 
-def _cost(name: str, defining: Mapping[str, BodyOp]) -> int:
-    """Vector instructions to compute a value again from its loads and from values outside sweeps."""
+def _cost(name: str, defining: Mapping[str, BodyOp], there: Collection[str] = ()) -> int:
+    """Vector instructions to compute a value again from its loads, from what is `there` in memory and from values outside sweeps."""
     seen: set[str] = set()
     total = 0
     stack = [name]
@@ -96,14 +114,14 @@ def _cost(name: str, defining: Mapping[str, BodyOp]) -> int:
         if n in seen or op is None:
             continue
         seen.add(n)
-        total += _op_cost(op)
-        stack += operands(op)
+        total += LOAD if n in there else _op_cost(op)
+        stack += () if n in there else operands(op)
     return total
 
 
 def _op_cost(op: BodyOp) -> int:
     if isinstance(op, Load):
-        return 2 if op.access.mask is None else DEAR
+        return LOAD if op.access.mask is None else DEAR
     if isinstance(op, Scan):
         return 4 * DEAR
     if isinstance(op, IndexValue):

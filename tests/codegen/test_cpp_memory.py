@@ -62,6 +62,42 @@ def test_an_output_that_is_read_again_stays_in_the_caches() -> None:
     assert "store_past" not in generate(isolate(program, program.steps[0]).program, "0" * 64)
 
 
+RESIDUAL = """program p
+  symbol n0 in 0..{rows} from dim a 0
+  buffer a: {dtype}[n0, {width}] input
+  buffer b: {dtype}[n0, {width}] input
+  buffer s: {dtype}[n0, {width}] temp
+  buffer y: f32[n0, {width}] temp
+  kernel k {{i0 < n0}} reduce {{r0 < {width}}} numerics(eager, contract=off, acc=f32)
+    v0: {dtype} = load a[i0, r0]
+    v1: {dtype} = load b[i0, r0]
+    v2: {dtype} = add v0, v1
+    store s[i0, r0] = v2
+    v3: f32 = cast v2
+    v4: f32 = max v3 over r0
+    v5: f32 = sub v3, v4
+    store y[i0, r0] = v5
+  outputs s, y
+"""
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
+@pytest.mark.parametrize("width", [1, 70, 4096])
+def test_a_later_sweep_reads_what_an_earlier_one_stored(dtype: str, width: int) -> None:
+    """Instead of both addends again; not where the store may go past the caches."""
+    text = RESIDUAL.format(dtype=dtype, width=width, rows=100)
+    program = parse_program(text)
+    source = generate(isolate(program, program.steps[0]).program, "0" * 64)
+    assert "(b2 + " in source.split("v4_all")[-1]
+    assert source.count("v4_row") == source.count("v2_row") == 0
+    for shift in (0, 1):
+        a, b = (randn(5, width, seed=k).to(torch_dtype(dtype)) for k in (1, 2))
+        a[0, 0], b[1, 0] = math.nan, math.inf
+        check_exact(text, {"a": a, "b": b}, {"n0": 5}, shift)
+    program = parse_program(RESIDUAL.format(dtype=dtype, width=4096, rows=1000000))
+    assert "(b2 + " not in generate(isolate(program, program.steps[0]).program, "0" * 64).split("v4_all")[-1]
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_sizes_and_misaligned_pointers(size: int) -> None:
     for dtype in ("f32", "bf16", "i64"):
