@@ -1,7 +1,7 @@
 """Which values a later sweep over a row reads back instead of computing them again.
 
 A value that an earlier sweep stored in its own type is loaded from there.  One that costs much (a transcendental function, a division,
-several roundings) is kept in a stack array of the row; cheap ones are computed again from their loads.  Rows too long for the stack keep nothing.
+several roundings) is kept in a stack array of the row, but for rows too long for the stack; cheap ones are computed again from their loads.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from flagtree.ir.index import ONE
 from flagtree.ir.program import BodyOp, Compute, IndexValue, Load, Reduce, Scan, Store, defined
 
 WORTH = 14           # cost, in vector instructions, from which a store and a load are cheaper
-STORED_WORTH = 5      # the same where the store is there anyway: more than one load
+STORED_WORTH = 5     # the same where the store is there anyway: more than one load
 STACK_BYTES = 1 << 17  # of all kept values of a row: well inside the smallest thread stack in use (OpenMP's 2 MiB)
 COSTS = {"div": 10, "sqrt": 10, "rsqrt": 20, "neg": 1, "add": 1, "sub": 1, "mul": 1, "min": 3, "max": 3, "where": 1, "abs": 1, "cast": 1}
 DEAR = 20            # every other operation
-LOAD = 2
+LOAD = 2             # of consecutive elements
 ROUNDING = 7         # to a half float
 
 
@@ -89,8 +89,9 @@ def _can_be_read_back(layout: Layout, op: Store) -> bool:
     dtype = next(b.dtype for b in layout.kernel.buffers if b.name == buffer)
     alone = sum(isinstance(o, Store) and o.access.buffer == buffer for o in layout.kernel.body) == 1
     plain = op.mode == "set" and op.access.mask is None and layout.kernel.dtypes[op.value] == dtype and layout.lane_reduced
-    return plain and alone and not offset.names() & layout.kernel.dtypes.keys() and not layout.is_large(op) and (
-        layout.lane is not None and offset.coefficient(layout.lane.name) == ONE)
+    if not plain or not alone or layout.lane is None or layout.is_large(op):
+        return False
+    return offset.coefficient(layout.lane.name) == ONE and not offset.names() & layout.kernel.dtypes.keys()
 
 
 def _streamed(layout: Layout, bodies: Sequence[tuple[list[BodyOp], list[str]]]) -> list[frozenset[str]]:
