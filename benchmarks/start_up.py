@@ -131,6 +131,7 @@ def start(home: Path, what: str, *arguments: str) -> dict[str, float]:
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     assert found.pop("error", 0.0) < 1e-3, (what, arguments, found)
+    print(what, arguments[0], *(f"{name} {seconds:.2f}" for name, seconds in found.items()), file=sys.stderr, flush=True)
     return found
 
 
