@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from flagtree.artifact.files import canonical_json, parse_json, read_file, sha256, writing
 from flagtree.errors import BundleError
 
+LEAST_PROMISE = 8192  # sizes that every recording covers: the widest step of usual servers
 _Text = Annotated[str, Field(max_length=16 << 20)]
 _Word = Annotated[str, Field(max_length=1000)]
 _Result = tuple[Literal["buffer"], int] | tuple[Literal["index"], object] | tuple[Literal["value"], bool | int | float | str | None]

@@ -15,7 +15,7 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
-from flagtree.artifact.recording import RecordedGraph
+from flagtree.artifact.recording import LEAST_PROMISE, RecordedGraph
 from flagtree.capture.dynamo import placeholder_names, result_of
 from flagtree.capture.normalise import normalise
 from flagtree.errors import CaptureError
@@ -24,8 +24,6 @@ from flagtree.ir.text import print_program
 from flagtree.lower.decompositions import DECOMPOSITIONS
 from flagtree.lower.lowering import lower, lowers
 from flagtree.runtime.capture_key import CaptureKey, example_value
-
-LEAST_PROMISE = 8192  # sizes that every recording covers: the widest step of usual servers
 
 
 def record(
@@ -120,5 +118,6 @@ def _promise(symbol: Symbol, most: int) -> Symbol:
 
 
 def weights_among(example_inputs: Sequence[object], names: Sequence[str]) -> Callable[[int], bool]:
-    """Parameters and buffers of the model: the tensors that a server passes anew in each call without changing them."""
-    return lambda k: isinstance(example_inputs[k], torch.nn.Parameter) or "_buffers_" in names[k]
+    """Parameters and buffers of the model: the tensors that a server passes anew in each call without changing them.  Known by Dynamo's
+    names where the example is a fake tensor, as for the pieces of a graph."""
+    return lambda k: isinstance(example_inputs[k], torch.nn.Parameter) or "_buffers_" in names[k] or "_parameters_" in names[k]

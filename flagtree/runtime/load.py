@@ -112,18 +112,22 @@ def load(
     """
     bundle = open_bundle(path)
     check_trust(bundle.digest, trust, where=str(path))
-    library: CpuLibrary | GpuLibrary
-    if bundle.manifest.libraries:
-        level = cpu.best_level(bundle.manifest.libraries, str(path))
-        library = cpu.load_library(bundle.library(level), f"{path}/lib/{level}.so")
-    else:
-        level, library = "", _gpu_library(bundle, device)
+    level, library = kernel_library(bundle, device)
     constants = bundle.constants()
     if threads is not None:
         torch.set_num_threads(threads)
     launches = {name: bundle.part(name) for name in bundle.manifest.parts}
     parts = {name: Part(name, launch, Executable(launch, library, constants)) for name, launch in launches.items()}
     return LoadedBundle(bundle, level, parts, library.tensors)
+
+
+def kernel_library(bundle: Bundle, device: torch.device | str | None = None) -> tuple[str, CpuLibrary | GpuLibrary]:
+    """The bundle's kernels mapped on this machine, with the CPU level that runs ("" on another device).  Who calls it asked for trust.
+    BundleError and DeviceError as of `load`."""
+    if bundle.manifest.libraries:
+        level = cpu.best_level(bundle.manifest.libraries, str(bundle.path))
+        return level, cpu.load_library(bundle.library(level), f"{bundle.path}/lib/{level}.so")
+    return "", _gpu_library(bundle, device)
 
 
 def _gpu_library(bundle: Bundle, device: torch.device | str | None) -> GpuLibrary:

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import functools
 import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import fx
 
 from flagtree.errors import FlagtreeError
-from flagtree.serve.configuration import EXAMPLE, current_vllm_config, read_settings, resolved, serving_now
-from flagtree.serve.server import Server, check_server, facts_of
+from flagtree.serve.agreement import check_server, facts_of, settings_of
+from flagtree.serve.configuration import EXAMPLE, current_vllm_config, resolved, serving_now
+from flagtree.serve.counts import COUNTS
+from flagtree.serve.server import Server
 
 Backend = Callable[..., Any]
 _BUNDLE = re.compile(r"d_([0-9a-f]{64})\Z")
+DOOR = "the whole graph"
 _PREFIX = "flagtree.serve.bundles"
 
 
@@ -40,11 +44,20 @@ def qualified(digest: str) -> str:
     return f"{_PREFIX}.d_{digest.removeprefix('sha256:').lower()}"
 
 
-def _with_bundle(digest: str) -> Backend:
+def _config(what: str) -> Any:
+    """vLLM's configuration, which is current where it looks a name up.  FlagtreeError elsewhere, and where this vLLM does not tell it."""
     config = current_vllm_config()
     if config is None:
-        raise FlagtreeError("a bundle is bound where vLLM builds a model", hint="give the name to vLLM: -cc.mode=2 -cc.backend=<name>")
-    settings = read_settings(config.additional_config)
+        lacks = "vllm.config" in sys.modules and not hasattr(sys.modules["vllm.config"], "get_current_vllm_config_or_none")
+        why = "this vLLM has no get_current_vllm_config_or_none" if lacks else "no configuration is current"
+        hint = "give the name to vLLM: -cc.mode=2 -cc.backend=<name>"
+        raise FlagtreeError(f"{what} is bound where vLLM builds a model", why=why, hint=hint)
+    return config
+
+
+def _with_bundle(digest: str) -> Backend:
+    config = _config("a bundle")
+    settings = settings_of(config)
     if settings.bundle is None:
         raise FlagtreeError("the compiler's name has a digest, and no bundle is named", where=f"d_{digest[:16]}…", hint=EXAMPLE)
     if settings.digest is not None and settings.digest.lower().removeprefix("sha256:") != digest:
@@ -56,10 +69,8 @@ def _with_bundle(digest: str) -> Backend:
 
 
 def _from_store() -> Backend:
-    config = current_vllm_config()
-    if config is None:
-        raise FlagtreeError("the store is bound where vLLM builds a model", hint="give the name to vLLM: -cc.mode=2 -cc.backend=<name>")
-    settings = read_settings(config.additional_config)
+    config = _config("the store")
+    settings = settings_of(config)
     if settings.bundle is not None:
         raise FlagtreeError("a bundle is named, and the compiler's name does not bind it", hint=f"-cc.backend={_name_for(settings.bundle)}")
     check_server(config)
@@ -70,6 +81,8 @@ def _from_store() -> Backend:
 def _once(server: Server) -> Backend:
     """vLLM looks a name up once for each decorated class of a model; equal settings are one compiler."""
     server.open()
+    where = server.bundle and f"{server.bundle}, digest {server.digest[:16]}"
+    COUNTS.took_over(DOOR, f"from {where or 'the store'}, strict '{server.settings.strict}'")
 
     def flagtree(module: fx.GraphModule, example_inputs: Sequence[Any], **options: object) -> Any:
         return server.graph(module, example_inputs)
@@ -81,12 +94,13 @@ def _plain() -> Backend:
     """`backend="flagtree"`, in and out of a server.  A server whose settings say anything needs a name that binds them."""
     config = current_vllm_config()
     if config is not None:
-        settings = read_settings(config.additional_config)
+        settings = settings_of(config)
         if settings.bundle is not None or settings.record is not None:
             name = f"{_PREFIX}.store" if settings.bundle is None else _name_for(settings.bundle)
             what = "the name 'flagtree' cannot bind the settings of a server"
             raise FlagtreeError(what, why="no configuration is current when the graph comes", hint=f"-cc.backend={name}")
         check_server(config)
+        COUNTS.took_over(DOOR, "from the store, strict 'off'")
     return plain
 
 

@@ -23,6 +23,7 @@ from flagtree.runtime.launch import Executable, Session
 from flagtree.runtime.results import Results
 from flagtree.serve.counts import COUNTS
 from flagtree.serve.launch_list import distinct_kernels, fitted
+from flagtree.serve.metrics import publish, watch_compilations
 from flagtree.serve.opened import OpenedBundle, open_for_serving
 
 FORMAT = 1
@@ -92,6 +93,7 @@ class ServedGraph(SerializableCallable):
         self._checker: Checker | None = None
         COUNTS.graphs_found += 1
         COUNTS.add_graph(summarise(launch), distinct_kernels(launch))
+        publish()
 
     def __call__(self, *args: Any) -> tuple:
         args = (*[args[k] for k in self.handle.takes], *self.handle.extra)
@@ -105,9 +107,11 @@ class ServedGraph(SerializableCallable):
     def _bind(self, args: Sequence[Any]) -> None:
         if len(args) != len(self._names):
             raise BundleError("the server brings other arguments than the graph takes", why=f"{len(args)} instead of {len(self._names)}")
-        if self._session is None and self.handle.stance:
-            # legal here: the server calls us directly, outside of any traced region.  What runs later, sampling, is covered
-            torch.compiler.set_stance(self.handle.stance)
+        if self._session is None:
+            if self.handle.stance:
+                # legal here: the server calls us directly, outside of any traced region.  What runs later, sampling, is covered
+                torch.compiler.set_stance(self.handle.stance)
+            watch_compilations()
         self._bound = [args[k] for k in self._fixed]
         weights = {self._names[k]: _plain_tensor(args[k]) for k in self._fixed}
         Checker(self.executable.prepared, list(weights)).check(weights)

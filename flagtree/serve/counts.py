@@ -14,10 +14,12 @@ from typing import Any
 
 @dataclass
 class Counts:
-    """`graphs_found`: answered from a bundle; `graphs_missing`: not; `graphs_compiled`: built by us at start, which needs `strict`
-    off.  `kernels`: distinct generated kernels of the graphs; `launches` and `externs`: of one run of each.  `operators`: vLLM's
-    single operators that we replaced, by name, with the number of instances; `aside`: those we left to others, with the reason."""
+    """`doors`: what we took over, by door.  `graphs_found`: answered from a bundle; `graphs_missing`: not; `graphs_compiled`: built by
+    us at start, which needs `strict` off.  `kernels`: distinct generated kernels of the graphs; `launches` and `externs`: of one run of
+    each.  `operators`: vLLM's single operators that we replaced, by name, with the number of instances; `aside`: what we left to
+    others, with the reason.  `compilations`: what torch compiled in this process after the first of our graphs ran, whoever asked."""
 
+    doors: dict[str, str] = field(default_factory=dict)
     graphs_found: int = 0
     graphs_missing: int = 0
     graphs_compiled: int = 0
@@ -28,6 +30,19 @@ class Counts:
     missing: list[str] = field(default_factory=list)
     operators: dict[str, int] = field(default_factory=dict)
     aside: dict[str, str] = field(default_factory=dict)
+    compilations: int = 0
+
+    def took_over(self, door: str, what: str) -> None:
+        """Say once, in the log of this process, what a door of ours answers."""
+        if self.doors.get(door) != what:
+            self.doors[door] = what
+            logger().info("flagtree: %s: %s", door, what)
+
+    def stepped_aside(self, name: str, why: str) -> None:
+        """Say once what is left to others, and why."""
+        if self.aside.get(name) != why:
+            self.aside[name] = why
+            logger().info("flagtree: %s is left alone: %s", name, why)
 
     def add_graph(self, summary: dict[str, Any], kernels: int) -> None:
         """A graph that runs from a bundle: `summary` as of `artifact.bundle.summarise`."""
@@ -69,5 +84,5 @@ def line() -> str:
     """The log line at start."""
     c = COUNTS
     externs = sum(c.externs.values())
-    graphs = f"{c.graphs_found} graphs found, {c.graphs_missing} missing, {c.graphs_compiled} compiled"
+    graphs = f"{c.graphs_found} graphs found, {c.graphs_missing} missing, {c.graphs_compiled} compiled, {c.compilations} since the start"
     return f"{graphs}; {c.kernels} kernels in {c.launches} launches, {externs} externs; {sum(c.operators.values())} operators replaced"

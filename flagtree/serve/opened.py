@@ -16,7 +16,9 @@ import torch
 from flagtree.artifact.bundle import Bundle, open_bundle
 from flagtree.artifact.trust import check_trust
 from flagtree.errors import BundleError
-from flagtree.runtime import cpu
+from flagtree.runtime.cpu import CpuLibrary
+from flagtree.runtime.gpu import GpuLibrary
+from flagtree.runtime.load import kernel_library
 
 SHOWN = 3  # lines of a difference
 
@@ -38,13 +40,18 @@ class Graph:
 class OpenedBundle:
     """`graph(key)` answers from the bundle."""
 
-    def __init__(self, path: Path, bundle: Bundle, library: cpu.CpuLibrary | None) -> None:
+    def __init__(self, path: Path, bundle: Bundle, library: CpuLibrary | GpuLibrary | None) -> None:
         self.path, self.bundle, self.library = path, bundle, library
         self.parts = {c["graph"]["key"]: part for part, c in bundle.manifest.coverage.items() if isinstance(c, dict) and "graph" in c}
 
     @property
     def digest(self) -> str:
         return self.bundle.digest
+
+    @property
+    def device(self) -> str:
+        """The kind of torch's device that its kernels run on; "" when it has none."""
+        return "" if self.library is None else self.library.tensors.type
 
     def graph(self, key: str) -> Graph | None:
         """The graph with this capture key."""
@@ -109,7 +116,8 @@ _opened: dict[str, OpenedBundle] = {}
 def open_for_serving(path: Path, digest: str | None) -> OpenedBundle:
     """The bundle at `path`, which has to be `digest` when one is named; else this machine's store must vouch for it.
 
-    BundleError: no bundle, damaged, for another target or CPU, made with another release of torch, changed.  UntrustedBundle.
+    BundleError: no bundle, damaged, for another CPU, made with another release of torch, changed.  UntrustedBundle.  DeviceError: its
+    device is not here.  On a GPU every binary is loaded, with its attributes, when a graph is bound: no later call loads anything.
     """
     bundle = open_bundle(path)
     check_trust(bundle.digest, digest, where=str(path))
@@ -123,14 +131,8 @@ def open_for_serving(path: Path, digest: str | None) -> OpenedBundle:
             why=f"torch {made_with}, here is {torch.__version__}",
             hint="record and compile its graphs again with this release",
         )
-    library = None
-    if bundle.manifest.kernels:
-        if not bundle.manifest.libraries:
-            why = "it holds no library for a CPU"
-            hint = "compile it for the target 'cpu' to serve on the CPU"
-            raise BundleError(f"the bundle is for {bundle.manifest.target}, which does not run here", where=str(path), why=why, hint=hint)
-        level = cpu.best_level(bundle.manifest.libraries, str(path))
-        library = cpu.load_library(bundle.library(level), f"{path}/lib/{level}.so")
+    bundle.verify()
+    library = kernel_library(bundle)[1] if bundle.manifest.kernels else None
     _opened[bundle.digest] = OpenedBundle(path, bundle, library)
     return _opened[bundle.digest]
 

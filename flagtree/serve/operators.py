@@ -1,4 +1,4 @@
-"""vLLM's single operators as formulas with a key each, and the kernels that answer for them.
+"""vLLM's single operators as formulas with a key each, and the kernels that answer for them, whichever door asks.
 
 A formula rounds where vLLM's own `forward_native` rounds.  The key says operator, numbers, element types and widths; the number of rows
 is free.  A known key needs no trace and no compiler; a missing one is recorded and built, or refused, as the settings say.
@@ -6,14 +6,19 @@ is free.  A known key needs no trace and no compiler; a missing one is recorded 
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from flagtree.artifact.files import sha256
-from flagtree.serve.callee import ServedGraph
+from flagtree.serve.agreement import facts_of, settings_of
+from flagtree.serve.callee import Eager, ServedGraph
+from flagtree.serve.configuration import resolved
 from flagtree.serve.counts import COUNTS
+from flagtree.serve.metrics import publish
 from flagtree.serve.server import FormulaCall, Server
 
 Tensor = torch.Tensor
@@ -71,7 +76,8 @@ class Operators:
 
     def __init__(self, server: Server) -> None:
         self.server = server
-        self._known: dict[tuple, ServedGraph] = {}
+        self.device = dict(server.facts).get("device") or "cpu"  # the kind of torch's device that the server computes on
+        self._known: dict[tuple, ServedGraph | Eager] = {}
 
     def __call__(self, name: str, rows: Sequence[Tensor], fixed: Sequence[Tensor | None] = (), numbers: Sequence[Any] = ()) -> tuple:
         """Results of the formula `name` on `rows` (tensors whose first dimension is the tokens), `fixed` (weights and tables) and
@@ -83,10 +89,32 @@ class Operators:
             kernel = self._known[key] = self._find(name, rows, fixed, numbers)
         return kernel(*rows, *(x for x in fixed if x is not None))
 
-    def _find(self, name: str, rows: Sequence[Tensor], fixed: Sequence[Tensor | None], numbers: Sequence[Any]) -> ServedGraph:
+    def _find(self, name: str, rows: Sequence[Tensor], fixed: Sequence[Tensor | None], numbers: Sequence[Any]) -> ServedGraph | Eager:
         text = key_text(name, rows, fixed, numbers)
         call = FormulaCall(FORMULAS[name], text, tuple(rows), tuple(map(_is_dense, rows)), tuple(fixed), tuple(numbers))
         return self.server.operator(sha256(text.encode()), call)
+
+
+def operators_of(config: Any, door: str) -> Operators | None:
+    """The kernels for vLLM's configuration, None where its settings do not ask for them.  Raises what is wrong with settings or bundle."""
+    settings = settings_of(config)
+    if not settings.custom_ops:
+        return None
+    bundle = "" if settings.bundle is None else str(resolved(settings.bundle))
+    named = _IN_A_NAME.search(str(getattr(config.compilation_config, "backend", "")))  # a whole graph's name says it as well
+    digest = settings.digest or (named.group(1) if named is not None else "")
+    operators = _shared(Server(settings, facts_of(config), bundle=bundle, digest=digest))
+    COUNTS.took_over(door, f"norms, gated activations and rotary from {bundle or 'the store'}, strict '{settings.strict}'")
+    return operators
+
+
+_IN_A_NAME = re.compile(r"\.d_([0-9a-f]{64})\Z")
+
+
+@functools.cache
+def _shared(server: Server) -> Operators:
+    server.open()
+    return Operators(server)
 
 
 def key_text(name: str, rows: Sequence[Tensor], fixed: Sequence[Tensor | None], numbers: Sequence[Any]) -> str:
@@ -125,3 +153,4 @@ def _fixed_spec(x: Tensor | None) -> str:
 def count_replaced(name: str) -> None:
     """One more instance of a vLLM operator answers with our kernels."""
     COUNTS.operators[name] = COUNTS.operators.get(name, 0) + 1
+    publish()

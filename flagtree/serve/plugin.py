@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 
-from flagtree.serve.configuration import current_vllm_config, read_settings, resolved
+from flagtree.serve import answers
+from flagtree.serve.agreement import NOTHING, check_led, mode_of, settings_of
+from flagtree.serve.answers import Answer
+from flagtree.serve.configuration import current_vllm_config
 from flagtree.serve.counts import COUNTS, logger
-from flagtree.serve.operators import Operators, count_replaced
-from flagtree.serve.server import Server, facts_of
+from flagtree.serve.operators import Operators, count_replaced, operators_of
 
 FORWARDS = ("forward_cpu", "forward_cuda", "forward_oot")  # which one a layer calls depends on the platform
-Answer = Callable[..., Any]
+DOOR = "single operators"
 
 
 def register() -> None:
@@ -34,19 +36,18 @@ def register() -> None:
     platform = importlib.import_module("vllm.platforms").current_platform
     if platform.is_out_of_tree():
         owner = type(platform).__module__
-        COUNTS.aside |= dict.fromkeys(REPLACED, f"{owner} owns the platform")
-        logger().info("flagtree: no operator is replaced, %s owns the platform", owner)
+        for name in REPLACED:
+            COUNTS.stepped_aside(name, f"{owner} owns the platform")
         return
     for name, (module, answer) in REPLACED.items():
         if name in known:
             if not getattr(known[name], "flagtree_replaces", None):
-                COUNTS.aside[name] = f"registered by {known[name].__module__}"
-                logger().info("flagtree: %s stays with %s, which registered first", name, known[name].__module__)
+                COUNTS.stepped_aside(name, f"{known[name].__module__} registered it first")
             continue
         try:
             replaced = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as error:
-            COUNTS.aside[name] = f"this vLLM has none: {error}"
+            COUNTS.stepped_aside(name, f"this vLLM has none: {error}")
             continue
         ours = _subclass(replaced, answer)
         custom_op.register_oot(ours, name=name)
@@ -68,7 +69,7 @@ def _subclass(replaced: Any, answer: Answer) -> Any:
         @functools.wraps(theirs)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             operators = self.flagtree_operators
-            if operators is None or torch.compiler.is_compiling() or not args or args[0].device.type != "cpu":
+            if operators is None or torch.compiler.is_compiling() or not args or args[0].device.type != operators.device:
                 return theirs(self, *args, **kwargs)
             result = answer(self, operators, *args, **kwargs)
             return theirs(self, *args, **kwargs) if result is NotImplemented else result
@@ -80,59 +81,24 @@ def _subclass(replaced: Any, answer: Answer) -> Any:
 
 
 def _operators() -> Operators | None:
-    """The kernels of the server whose model is being built; None where its settings do not ask for them."""
+    """The kernels of the server whose model is being built; None where its settings do not ask for them.  A bundle to which no door
+    leads, as when LoRA or `enforce_eager` switched compilation off, stops a strict server here, before weights are loaded."""
     config = current_vllm_config()
     if config is None:
         return None
-    settings = read_settings(config.additional_config)
-    if not settings.custom_ops:
-        return None
-    if settings.bundle is not None and settings.digest is None:
-        from flagtree.artifact.bundle import open_bundle
-
-        settings = settings.model_copy(update={"digest": open_bundle(resolved(settings.bundle)).digest})
-    bundle = "" if settings.bundle is None else str(resolved(settings.bundle))
-    return _shared(Server(settings, facts_of(config), bundle=bundle, digest=settings.digest or ""))
-
-
-@functools.cache
-def _shared(server: Server) -> Operators:
-    server.open()
-    return Operators(server)
-
-
-# -- one answer an operator: vLLM's arguments to a formula's, NotImplemented for a case that is left to vLLM ---------------
-def _rms_norm(self: Any, run: Operators, x: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
-    if self.variance_size_override is not None:
-        return NotImplemented
-    has_weight = self.pass_weight if residual is None else self.pass_weight_add
-    weight = self.weight.data if has_weight else None
-    if residual is None:
-        return run("rms_norm", [x], [weight], [float(self.variance_epsilon)])[0]
-    return run("add_rms_norm", [x, residual], [weight], [float(self.variance_epsilon)])
-
-
-def _silu_and_mul(self: Any, run: Operators, x: torch.Tensor) -> Any:
-    return run("silu_and_mul", [x])[0]
-
-
-def _gelu_and_mul(self: Any, run: Operators, x: torch.Tensor) -> Any:
-    return run("gelu_and_mul", [x], numbers=[str(self.approximate)])[0]
-
-
-def _rotary(self: Any, run: Operators, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None) -> Any:
-    if positions.dim() != 1 or query.dim() != 2:
-        return NotImplemented
-    table = self._match_cos_sin_cache_dtype(query)
-    numbers = [int(self.head_size), int(self.rotary_dim), bool(self.is_neox_style)]
-    turned = [x if x is None else run("rotary", [positions, x], [table], numbers)[0] for x in (query, key)]
-    return turned[0], turned[1]
+    settings = settings_of(config)
+    if why := check_led(config, settings):
+        COUNTS.stepped_aside("the whole graph", why)
+    operators = operators_of(config, DOOR)
+    if operators is not None and settings.quiets_helpers and mode_of(config) == NOTHING:
+        operators.server.quiet()  # no graph of ours comes that would do it
+    return operators
 
 
 _LAYERS = "vllm.model_executor.layers"
 REPLACED: dict[str, tuple[str, Answer]] = {
-    "RMSNorm": (f"{_LAYERS}.layernorm", _rms_norm),
-    "SiluAndMul": (f"{_LAYERS}.activation", _silu_and_mul),
-    "GeluAndMul": (f"{_LAYERS}.activation", _gelu_and_mul),
-    "RotaryEmbedding": (f"{_LAYERS}.rotary_embedding", _rotary),
+    "RMSNorm": (f"{_LAYERS}.layernorm", answers.rms_norm),
+    "SiluAndMul": (f"{_LAYERS}.activation", answers.silu_and_mul),
+    "GeluAndMul": (f"{_LAYERS}.activation", answers.gelu_and_mul),
+    "RotaryEmbedding": (f"{_LAYERS}.rotary_embedding", answers.rotary),
 }

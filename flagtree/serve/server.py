@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,28 +15,25 @@ import torch
 from torch import fx
 
 from flagtree.artifact.recording import RecordedGraph, append_recorded, part_name
-from flagtree.errors import BundleError, FlagtreeError
+from flagtree.errors import FlagtreeError
 from flagtree.runtime.capture_key import Unkeyed, capture_key, example_value
 from flagtree.runtime.cpu import levels
 from flagtree.serve import stored
+from flagtree.serve.agreement import Facts, check_agreement
 from flagtree.serve.callee import Eager, Handle, ServedGraph
 from flagtree.serve.configuration import ServeSettings, resolved
 from flagtree.serve.counts import COUNTS, line, logger
 from flagtree.serve.graph import Served, served_graph
+from flagtree.serve.metrics import publish
 from flagtree.serve.opened import OpenedBundle, open_for_serving
 
 STANCES = {"off": "", "start": "", "serve": "eager_on_recompile", "paranoid": "fail_on_recompile"}
-# what a bundle's graphs were recorded with and a server must agree in
-AGREEMENT = {
-    "model": "another model", "tensor_parallel": "another tensor-parallel degree", "dtype": "another element type",
-    "vllm": "another release of vLLM",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class FormulaCall:
-    """What is traced when a single operator has no kernel: `formula(*rows, *fixed, *numbers)`, of which `text` is the key's text;
-    `dense`: which of `rows` lie one after another."""
+    """A single operator: `formula(*rows, *fixed, *numbers)`, of which `text` is the key's text; `dense`: which of `rows` lie one
+    after another."""
 
     formula: Callable[..., Any]
     text: str
@@ -44,6 +41,18 @@ class FormulaCall:
     dense: tuple[bool, ...]
     fixed: tuple[torch.Tensor | None, ...]
     numbers: tuple
+
+    def eager(self) -> Callable[..., tuple]:
+        """The formula call by call, without the tensors of this call: it takes the rows, then what there is of `fixed`."""
+        formula, rows, numbers = self.formula, len(self.rows), self.numbers
+        given = [x is not None for x in self.fixed]
+
+        def run(*tensors: torch.Tensor) -> tuple:
+            rest = iter(tensors[rows:])
+            result = formula(*tensors[:rows], *[next(rest) if there else None for there in given], *numbers)
+            return result if isinstance(result, tuple) else (result,)
+
+        return run
 
 
 GRAPH_HINT = '"strict": "off", no bundle and -cc.backend=flagtree.serve.bundles.store'
@@ -56,10 +65,11 @@ class MissingGraph(FlagtreeError):
 
 @dataclass(frozen=True)
 class Server:
-    """`settings` and `facts` of one server, hashable.  `bundle`: path; `digest`: what it has to be."""
+    """`settings` and `facts` of one server, hashable.  `bundle`: path; `digest`: what it has to be, "" where this machine's store has
+    to vouch for it."""
 
     settings: ServeSettings
-    facts: tuple[tuple[str, str], ...]
+    facts: Facts
     bundle: str = ""
     digest: str = ""
 
@@ -67,21 +77,21 @@ class Server:
         """The bundle, checked against the server.  BundleError, UntrustedBundle."""
         if not self.bundle:
             return None
-        opened = open_for_serving(Path(self.bundle), self.digest)
-        _check_agreement(opened, dict(self.facts))
+        opened = open_for_serving(Path(self.bundle), self.digest or None)
+        check_agreement(opened, dict(self.facts), strict=self.settings.strict != "off")
         return opened
 
-    def graph(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-        """The callable for one graph: vLLM's contract of a compiler in mode 2."""
+    def graph(self, module: fx.GraphModule, example_inputs: Sequence[Any], piece: str = "the whole graph") -> ServedGraph | Eager:
+        """The callable for one graph: vLLM's contract of a compiler in mode 2.  `piece`: what messages call it."""
         served = served_graph(module)
         try:
             key = capture_key(served.module, {"format": "vllm 1"}, inference=True)
         except Unkeyed as reason:
-            return self._eager(module, "a graph", f"it has no capture key: {reason}")
+            return self._eager(module.forward, piece, f"it has no capture key: {reason}")
         known = self._known(key.digest)
         if known is not None:
             return self._serve(known, key.digest, served)
-        name = part_name(key.digest)
+        name = f"{piece}, {part_name(key.digest)}"
         why = self._missing(name, key.digest, key.text)
         tensors = [v for n in module.graph.nodes if n.op == "placeholder" and isinstance(v := example_value(n), torch.Tensor)]
 
@@ -95,24 +105,33 @@ class Server:
         try:
             built = self._built(record, {t.device.type for t in tensors})
         except FlagtreeError as error:
-            return self._eager(module, name, f"{why}; it was not compiled: {error.render()}")
-        return self._eager(module, name, why) if built is None else self._serve(built, key.digest, served)
+            return self._eager(module.forward, name, f"{why}; it was not compiled: {error.render()}")
+        return self._eager(module.forward, name, why) if built is None else self._serve(built, key.digest, served)
 
-    def operator(self, digest: str, call: FormulaCall) -> ServedGraph:
-        """The callable for a single operator with this key.  MissingGraph, and what building it raises."""
+    def operator(self, digest: str, call: FormulaCall) -> ServedGraph | Eager:
+        """The callable for a single operator with this key; a lenient server runs its formula call by call where none was built.
+        MissingGraph."""
         found = self._known(digest)
         if found is None:
-            why = self._missing(part_name(digest), digest, call.text, OPERATORS_HINT)
+            name = f"operator {call.formula.__name__}, {part_name(digest)}"
+            why = self._missing(name, digest, call.text, OPERATORS_HINT)
 
             def record(**about: Any) -> RecordedGraph:
                 from flagtree.capture.formula import record_formula
 
                 return record_formula(call.formula, call.text, call.rows, call.dense, call.fixed, call.numbers, **about)
 
-            found = self._built(record, {"cpu"})
+            try:
+                found = self._built(record, {x.device.type for x in call.rows})
+            except FlagtreeError as error:
+                why += f"; it was not compiled: {error.render()}"
             if found is None:
-                raise MissingGraph("no kernel for an operator", where=part_name(digest), why=why, hint="docs/serving.md")
+                return self._eager(call.eager(), name, why)
         return self._serve(found, digest)
+
+    def quiet(self) -> None:
+        """Keep vLLM's own compiled helpers from compiling in this process, as the settings say."""
+        torch.compiler.set_stance(STANCES[self.settings.strict] or "default")
 
     # -- from a bundle -------------------------------------------------------------------------------------------------
     def _known(self, digest: str) -> OpenedBundle | None:
@@ -120,8 +139,15 @@ class Server:
         opened = self.open()
         if opened is not None and digest in opened.parts:
             return opened
-        known = stored.find(digest) if self.settings.strict == "off" else None
+        known = stored.find(digest) if self.settings.strict == "off" and not self._to_record(digest) else None
         return None if known is None else open_for_serving(*known)
+
+    def _to_record(self, digest: str) -> bool:
+        """Is the graph still to be written down?  Also where an earlier start built it: a recording is of everything that was met."""
+        if self.settings.record is None:
+            return False
+        path = resolved(self.settings.record)
+        return not path.exists() or digest.encode() not in path.read_bytes()
 
     def _serve(self, opened: OpenedBundle, digest: str, served: Served | None = None) -> ServedGraph:
         stance = STANCES[self.settings.strict]
@@ -139,20 +165,24 @@ class Server:
         why = "no bundle is named" if opened is None else opened.difference(text)
         COUNTS.graphs_missing += 1
         COUNTS.missing.append(name)
+        publish()
         if self.settings.strict != "off":
             raise self._refusal(f"{name}, capture key {digest}", why, start)
         logger().warning("flagtree: %s is not in a bundle: %s", name, why)
         return why
 
-    def _eager(self, module: fx.GraphModule, name: str, why: str) -> Eager:
+    def _eager(self, run: Callable[..., Any], name: str, why: str) -> Eager:
         if self.settings.strict != "off":
             raise self._refusal(name, why)
         logger().warning("flagtree: %s runs call by call: %s", name, why)
-        return Eager(module.forward)
+        return Eager(run)
 
     def _refusal(self, where: str, why: str, start: str = GRAPH_HINT) -> MissingGraph:
-        record = self.settings.record or "graphs.jsonl"
-        hint = f'start once with "record": "{record}", {start}, then: flagtree compile --graphs {record} --target cpu'
+        record, opened = self.settings.record or "graphs.jsonl", self.open()
+        target = opened.bundle.manifest.target if opened is not None else "TARGET"
+        hint = f'start once with "record": "{record}", {start}, then: flagtree compile --graphs {record} --target {target}'
+        if start == GRAPH_HINT:
+            hint += "; for the CPU also without a start: flagtree compile MODEL --for vllm"
         error = MissingGraph("the server needs a graph that the bundle does not have", where=f"{where}; {self.bundle}", why=why, hint=hint)
         sys.stderr.write(f"flagtree: error: {error.render()}\n")  # what a server prints last is a line of its own
         return error
@@ -174,61 +204,9 @@ class Server:
         def build(target: Any, home: Path) -> Any:
             return build_graphs([graph], target, home, name=graph.name, jobs=settings.jobs, check=False)
 
-        built = stored.build(graph.key, build)
-        COUNTS.graphs_compiled += 1
+        built = stored.find(graph.key)
+        if built is None:
+            built = stored.build(graph.key, build)
+            COUNTS.graphs_compiled += 1
+            publish()
         return open_for_serving(*built)
-
-
-def facts_of(config: Any) -> tuple[tuple[str, str], ...]:
-    """What is known of the model and the server, by name."""
-    model = config.model_config
-    architectures = getattr(model, "architectures", None) or ["?"]
-    scheduler = getattr(config, "scheduler_config", None)
-    return (
-        ("model", str(architectures[0])),
-        ("dtype", str(model.dtype).removeprefix("torch.")),
-        ("tensor_parallel", str(config.parallel_config.tensor_parallel_size)),
-        ("max_tokens", str(getattr(scheduler, "max_num_batched_tokens", 0) or 0)),
-        ("vllm", _vllm_version()),
-    )
-
-
-def _vllm_version() -> str:
-    return str(getattr(sys.modules.get("vllm"), "__version__", ""))
-
-
-def check_server(config: Any) -> None:
-    """What a whole graph cannot work with, said before weights are loaded.  FlagtreeError."""
-    compilation = config.compilation_config
-    if int(getattr(compilation, "mode", 0) or 0) != 2:
-        raise FlagtreeError("vLLM's compile mode is not 2", why=f"it is {compilation.mode}", hint="-cc.mode=2")
-    if "none" not in list(getattr(compilation, "custom_ops", [])):
-        raise FlagtreeError(
-            "vLLM's own operators are on: the graph would hold calls where it could hold what they compute",
-            why=f"custom_ops is {list(compilation.custom_ops)}, the default beside another compiler than Inductor",
-            hint="-cc.custom_ops='[\"none\"]'",
-        )
-    if getattr(config, "lora_config", None) is not None:
-        why = "its adapters change what is computed from request to request"
-        raise FlagtreeError("LoRA is on", why=why, hint="serve without flagtree, or without LoRA")
-
-
-def _check_agreement(opened: OpenedBundle, facts: Mapping[str, str]) -> None:
-    for name, what in AGREEMENT.items():
-        known = sorted({f[name] for f in opened.facts() if f.get(name)})
-        if known and facts.get(name) and not any(_agree(name, facts[name], k) for k in known):
-            raise BundleError(
-                f"the bundle is for {what}",
-                where=str(opened.path),
-                why=f"{name.replace('_', ' ')}: the bundle has {', '.join(known)}, the server {facts[name]}",
-                hint="record the graphs of this server and compile them: docs/serving.md",
-            )
-
-
-def _agree(name: str, a: str, b: str) -> bool:
-    if name == "vllm":
-        return a.split(".")[:2] == b.split(".")[:2]
-    return a == b
-
-
-

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from flagtree.serve.counts import report
+from flagtree.serve.metrics import publish
 
 
 class Report:
@@ -17,4 +18,5 @@ class Report:
 
     def flagtree_report(self) -> dict[str, Any]:
         """Plain JSON data: the rank, and `flagtree.serve.counts.report` of its process."""
+        publish()
         return {"rank": getattr(self, "rank", 0), **report()}

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,37 +12,19 @@ import torch
 from flagtree.artifact.bundle import write_bundle
 from flagtree.errors import FlagtreeError, UntrustedBundle
 from flagtree.serve import bundles
-
-Current = Callable[..., None]
-
-
-@pytest.fixture
-def current(monkeypatch: pytest.MonkeyPatch) -> Current:
-    """Make a configuration of vLLM current; keywords change it."""
-
-    def make(flagtree: Any = None, **changes: Any) -> None:
-        values = {"mode": 2, "custom_ops": ["none"], "lora": None, "degree": 1} | changes
-        config = SimpleNamespace(
-            additional_config={"flagtree": flagtree} if flagtree is not None else {},
-            compilation_config=SimpleNamespace(mode=values["mode"], custom_ops=values["custom_ops"]),
-            lora_config=values["lora"],
-            model_config=SimpleNamespace(architectures=["Decoder"], dtype=torch.float32),
-            parallel_config=SimpleNamespace(tensor_parallel_size=values["degree"]),
-            scheduler_config=SimpleNamespace(max_num_batched_tokens=64),
-        )
-        module = ModuleType("vllm.config")
-        module.get_current_vllm_config_or_none = lambda: config  # type: ignore[attr-defined]
-        monkeypatch.setitem(sys.modules, "vllm.config", module)
-
-    monkeypatch.delitem(sys.modules, "vllm.config", raising=False)
-    return make
+from flagtree.serve.counts import COUNTS
+from tests.serve.conftest import Current
 
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> tuple[str, str]:
-    """A bundle without graphs: what is refused by name needs none."""
+    """A bundle without kernels: what is refused by name needs none."""
     path = tmp_path / "empty"
-    digest = write_bundle(path, name="empty", target="cpu", parts={}, kernels=[], versions={"torch": torch.__version__})
+    graph = {"key": "0" * 64, "facts": {}, "versions": {}, "results": []}
+    launch = {"format": 1, "name": "g", "symbols": [], "buffers": [], "outputs": [], "steps": []}
+    versions = {"torch": torch.__version__}
+    coverage = {"g": {"graph": graph}}
+    digest = write_bundle(path, name="empty", target="cpu", parts={"g": launch}, kernels=[], versions=versions, coverage=coverage)
     return str(path), digest
 
 
@@ -104,3 +84,20 @@ def test_names_outside_of_a_server_or_malformed(current: Current, name: str) -> 
 def test_other_names_are_not_there() -> None:
     with pytest.raises(AttributeError):
         _ = bundles.anything
+
+
+def test_a_vllm_that_does_not_tell_its_configuration(current: Current, monkeypatch: pytest.MonkeyPatch) -> None:
+    current()
+    monkeypatch.delattr(sys.modules["vllm.config"], "get_current_vllm_config_or_none")
+    with pytest.raises(FlagtreeError, match="this vLLM has no get_current_vllm_config_or_none"):
+        _ = bundles.store
+
+
+def test_the_door_says_what_it_took_over(current: Current, bundle: tuple[str, str]) -> None:
+    current({"bundle": bundle[0], "strict": "serve"})
+    bundles._once.cache_clear()
+    getattr(bundles, f"d_{bundle[1]}")
+    assert COUNTS.doors == {"the whole graph": f"from {bundle[0]}, digest {bundle[1][:16]}, strict 'serve'"}
+    current()
+    _ = bundles.flagtree
+    assert COUNTS.doors == {"the whole graph": "from the store, strict 'off'"}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from flagtree.errors import BundleError, UntrustedBundle
 from flagtree.graphs import compile_graphs
 from flagtree.serve.callee import Eager, Handle, ServedGraph
 from flagtree.serve.configuration import ServeSettings
-from flagtree.serve.counts import COUNTS, Counts
+from flagtree.serve.counts import COUNTS, line
 from flagtree.serve.server import Server
 from flagtree.settings import settings
 from tests.serve.decoder import CACHES, Decoder, served, step
@@ -52,13 +54,6 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle(recorded: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     report = compile_graphs(read_recorded(recorded), ["cpu"], name="toy", out=tmp_path_factory.mktemp("bundles"), jobs=1)
     return report.bundles[0].path, report.bundles[0].digest
-
-
-@pytest.fixture(autouse=True)
-def _fresh_counts() -> Iterator[None]:
-    vars(COUNTS).update(vars(Counts()))
-    yield
-    torch.compiler.set_stance("default")
 
 
 def check(compiled: Any, model: Decoder) -> None:
@@ -148,6 +143,17 @@ def test_a_start_without_a_bundle_builds_once(tmp_path: Path) -> None:
     assert (COUNTS.graphs_compiled, COUNTS.graphs_found) == (1, 2)
 
 
+def test_a_recording_holds_what_an_earlier_start_built(tmp_path: Path) -> None:
+    model, path = Decoder(layers=1), tmp_path / "graphs.jsonl"
+    with settings.override(jobs=1):
+        served(model, Kept(Server(ServeSettings(), FACTS)))
+        COUNTS.graphs_compiled = 0
+        for _ in range(2):
+            served(model, Kept(Server(ServeSettings(record=str(path)), FACTS)))
+    assert COUNTS.graphs_compiled == 0
+    assert len(read_recorded(path)) == 1
+
+
 def test_a_graph_that_no_program_carries_runs_as_it_is() -> None:
     class Complex(torch.nn.Module):
         def forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -202,24 +208,79 @@ def test_paranoid_serving_raises_where_a_helper_would_compile(bundle: tuple[str,
         torch.compile(lambda x: x - 1, backend="eager")(torch.ones(2))
 
 
-WARM = """
+START = """
 import sys
+from tests.serve import watch
+watch.install()
 import torch
 from flagtree.serve.callee import ServedGraph
-from tests.serve.decoder import Decoder, served
-data = open(sys.argv[1], "rb").read()
-graph = ServedGraph.deserialize_compile_artifacts(data)
-compiler = ("capture", "ir", "lower", "passes", "codegen", "toolchain")
-bad = [m for m in sys.modules if m.startswith("flagtree.") and m.split(".")[1] in compiler]
-assert not bad, bad
+from flagtree.serve.configuration import ServeSettings
+from flagtree.serve.server import Server
+from tests.serve.decoder import Decoder, served, step
+path, digest = sys.argv[1:]
+server, graphs = Server(ServeSettings(bundle=path, strict="start"), (("model", "Decoder"),), bundle=path, digest=digest), []
+def backend(module, inputs, **options):
+    graphs.append(server.graph(module, inputs))
+    return graphs[0]
+compiled = served(Decoder(rank=0), backend)
+compiled(*step(9))
+handle = ServedGraph.serialize_compile_artifacts(graphs[0])
+ServedGraph.deserialize_compile_artifacts(handle).finalize_loading(None)
+watch.check()
+import sympy as asked_by_a_test  # and the hook sees what it is there for
+exec(compile("import networkx", "x/flagtree/y.py", "exec"), {"__name__": "flagtree.serve.y"})
+assert [line for line in watch.found() if "asks for networkx" in line] and not [line for line in watch.found() if "sympy" in line]
 print("right")
 """
 
 
-def test_a_second_process_imports_no_compiler(bundle: tuple[str, str], tmp_path: Path, repository: Path) -> None:
+def test_a_start_with_a_whole_bundle_imports_no_compiler(bundle: tuple[str, str], repository: Path) -> None:
+    """The first start, traced, looked up and run, and what the second one reads; no library that only a compiler needs is asked for."""
+    run = subprocess.run([sys.executable, "-c", START, *bundle], cwd=repository, capture_output=True, text=True, check=False)
+    assert run.stdout == "right\n", run.stderr
+
+
+def damaged(bundle: tuple[str, str], folder: Path, name: str, change: Callable[[bytes], bytes]) -> Path:
+    """A copy in which the first file that matches `name` is changed."""
+    copy = folder / "damaged"
+    shutil.copytree(bundle[0], copy)
+    file = sorted(copy.glob(name))[0]
+    file.write_bytes(change(file.read_bytes()))
+    return copy
+
+
+@pytest.mark.parametrize("name", ["lib/*.so", "launch/*.json", "graphs/*.txt"])
+@pytest.mark.parametrize("how", ["truncated", "edited"])
+def test_a_damaged_bundle_is_refused_when_it_is_opened(bundle: tuple[str, str], tmp_path: Path, name: str, how: str) -> None:
+    """Before any code is mapped, so before weights are loaded."""
+    change = {"truncated": lambda raw: raw[: len(raw) // 2], "edited": lambda raw: raw[:-1] + bytes([raw[-1] ^ 1])}[how]
+    path = damaged(bundle, tmp_path, name, change)
+    with pytest.raises(BundleError, match="damaged or was edited"):
+        Server(ServeSettings(bundle=str(path)), FACTS, bundle=str(path), digest=bundle[1]).open()
+
+
+def test_saved_bytes_and_a_bundle_that_changed(bundle: tuple[str, str], recorded: Path, tmp_path: Path) -> None:
+    """vLLM then traces again and asks for the compiler's name, which says what differs (test_agreement.py)."""
+    copy = tmp_path / "b"
+    shutil.copytree(bundle[0], copy)
+    handle = replace(served_handle(bundle), bundle=str(copy))
+    ServedGraph.deserialize_compile_artifacts(handle.encode())
+    manifest = copy / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes().replace(b'"name":"toy"', b'"name":"joy"'))
+    with pytest.raises(UntrustedBundle, match="not the one"):
+        ServedGraph.deserialize_compile_artifacts(handle.encode())
+
+
+def served_handle(bundle: tuple[str, str]) -> Handle:
     kept = Kept(strict(bundle))
     served(Decoder(rank=0), kept)
-    path = tmp_path / "saved"
-    path.write_bytes(ServedGraph.serialize_compile_artifacts(kept.graphs[0]))
-    run = subprocess.run([sys.executable, "-c", WARM, str(path)], cwd=repository, capture_output=True, text=True, check=False)
-    assert run.stdout == "right\n", run.stderr
+    return kept.graphs[0].handle
+
+
+def test_compilations_after_the_start_are_counted(bundle: tuple[str, str]) -> None:
+    compiled = served(Decoder(rank=0), Kept(strict(bundle)))
+    compiled(*step(9))
+    assert COUNTS.compilations == 0  # the graph's own trace was before
+    torch.compile(lambda x: x + 2, backend="eager")(torch.ones(2))
+    assert COUNTS.compilations == 1
+    assert "1 since the start" in line()
