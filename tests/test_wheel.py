@@ -86,3 +86,4 @@ def test_entry_points(site: Path) -> None:
     assert dict(found["console_scripts"]) == {"flagtree": "flagtree.cli.app:main"}
     assert dict(found["torch_dynamo_backends"]) == {"flagtree": "flagtree.serve.bundles:flagtree"}
     assert dict(found["vllm.general_plugins"]) == {"flagtree": "flagtree.serve.plugin:register"}
+    assert dict(found["vllm_fl.plugin"]) == {"flagtree": "flagtree.serve.dispatcher:register"}
