@@ -52,8 +52,9 @@ def _product_recipe(program: Program) -> dict[str, Any]:
         b.name: {"storage": b.name, "dtype": b.dtype, "shape": [n.to_json() for n in b.shape], "strides": [n.to_json() for n in b.layout],
                  "offset": 0} for b in program.buffers
     }  # fmt: skip
-    call = {"extern": PRODUCT, "args": [{"buffer": "b0"}, {"buffer": "b1"}], "kwargs": {}, "outputs": ["b2"]}
-    return {"format": FORMAT, "views": views, "given": [["b0", "b0"], ["b1", "b1"]], "steps": [call], "results": {"b2": "b2"}}
+    *given, result = views
+    call = {"extern": PRODUCT, "args": [{"buffer": name} for name in given], "kwargs": {}, "outputs": [result]}
+    return {"format": FORMAT, "views": views, "given": [[n, n] for n in given], "steps": [call], "results": {result: result}}
 
 
 class _Writer:

@@ -103,7 +103,7 @@ def isolate_template(program: Program, template: Template) -> Isolated:
     """The kernel that computes a template, over its operands and outputs.  IRError for a kind that no kernel computes."""
     if template.kind != "gemm" or template.epilogue or template.prologue or gemm.ROWS_AT_MOST not in dict(template.attrs):
         raise IRError(f"no kernel computes the template '{template.kind}' of this form", where=f"step {template.name}")
-    alone = gemm.product(program.buffer(template.operands[0]).dtype, gemm.rows_at_most(template))
+    alone = gemm.product(program.buffer(template.operands[0]).dtype, gemm.rows_at_most(template), len(template.operands) == 3)
     return Isolated(alone, (*template.operands, *template.outputs), gemm.arguments(program, template))
 
 

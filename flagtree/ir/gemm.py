@@ -1,7 +1,7 @@
 """The template `gemm` as the kernel that computes it for a few rows: one text for every size, so one compiled kernel an element type.
 
-y[i, j] = sum over k of x[i, k] * w[j, k], in f32 with fused multiply-adds, rounded once to the element type.  `canonical.py` hands it
-out as a template's isolated form; sizes and x's row stride are symbols that the launch passes.
+y[i, j] = sum over k of x[i, k] * w[j, k], plus bias[j] where there is one: in f32 with fused multiply-adds, rounded once to the element
+type.  `canonical.py` hands it out as a template's isolated form; sizes and x's row stride are symbols that the launch passes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from flagtree.ir.index import Index, contiguous_strides
 from flagtree.ir.parse import parse_program
 from flagtree.ir.program import Buffer, Program, Template
 
-COLUMNS, DEPTH = (16, 1 << 20), (64, 1 << 18)  # least and most: other products stay with the platform's library
+COLUMNS, DEPTH = (16, 1 << 20), (32, 1 << 18)  # least and most: other products stay with the platform's library
 _FURTHEST = 1 << 31  # elements from row to row of x
 PRODUCT = "aten.linear.default"  # what it computes
 ROWS_AT_MOST = "rows_at_most"  # attribute: the rows up to which the kernel is used
@@ -26,25 +26,38 @@ program isolated
   symbol n3 in {depth[0]}..{furthest} from argument
   buffer b0: {dtype}[n0, n2] input strides(n3, 1)
   buffer b1: {dtype}[n1, n2] input
-  buffer b2: {dtype}[n0, n1] temp
+{bias}  buffer {result}: {dtype}[n0, n1] temp
   kernel kernel {{i0 < n0, i1 < n1}} reduce {{r0 < n2}} numerics(eager, contract=on, acc=f32)
 {body}
-  outputs b2
+  outputs {result}
 """
-_PLAIN = (
-    "v0: f32 = load b0[i0, r0]", "v1: f32 = load b1[i1, r0]", "v2: f32 = mul v0, v1", "v3: f32 = sum v2 over r0", "store b2[i0, i1] = v3",
-)  # fmt: skip
-_HALF = (
-    "v0: {0} = load b0[i0, r0]", "v1: f32 = cast v0", "v2: {0} = load b1[i1, r0]", "v3: f32 = cast v2", "v4: f32 = mul v1, v3",
-    "v5: f32 = sum v4 over r0", "v6: {0} = cast v5", "store b2[i0, i1] = v6",
-)  # fmt: skip
 
 
 @functools.cache
-def product(dtype: str, rows: int) -> Program:
-    """The isolated kernel for up to `rows` rows: b0 = x, b1 = w, b2 = y; n0 rows, n1 columns, n2 depth, n3 elements between rows of x."""
-    body = "\n".join(f"    {line.format(dtype)}" for line in (_PLAIN if dtype == "f32" else _HALF))
-    return parse_program(_TEXT.format(rows=rows, columns=COLUMNS, depth=DEPTH, furthest=_FURTHEST, dtype=dtype, body=body))
+def product(dtype: str, rows: int, bias: bool = False) -> Program:
+    """The isolated kernel for up to `rows` rows: b0 = x, b1 = w, b2 = the bias if there is one, the last buffer y; n0 rows, n1 columns,
+    n2 depth, n3 elements between rows of x."""
+    body: list[str] = []
+
+    def value(text: str, kind: str = "f32") -> str:
+        body.append(f"    v{len(body)}: {kind} = {text}")
+        return f"v{len(body) - 1}"
+
+    def widened(access: str) -> str:
+        loaded = value(f"load {access}", dtype)
+        return loaded if dtype == "f32" else value(f"cast {loaded}")
+
+    x, w = widened("b0[i0, r0]"), widened("b1[i1, r0]")
+    result = value(f"sum {value(f'mul {x}, {w}')} over r0")
+    if bias:
+        result = value(f"add {result}, {widened('b2[i1]')}")
+    if dtype != "f32":
+        result = value(f"cast {result}", dtype)
+    y = "b3" if bias else "b2"
+    body.append(f"    store {y}[i0, i1] = {result}")
+    declared = f"  buffer b2: {dtype}[n1] input\n" if bias else ""
+    sizes = {"rows": rows, "columns": COLUMNS, "depth": DEPTH, "furthest": _FURTHEST}
+    return parse_program(_TEXT.format(**sizes, dtype=dtype, bias=declared, result=y, body="\n".join(body)))
 
 
 def above_reason(template: Template) -> str:
@@ -54,7 +67,14 @@ def above_reason(template: Template) -> str:
 
 def is_product(program: Program) -> bool:
     """Is an isolated kernel this one?"""
-    return len(program.buffers) == 3 and len(program.symbols) == 4 and program == product(program.buffers[0].dtype, program.symbols[0].hi)
+    if len(program.buffers) not in (3, 4) or len(program.symbols) != 4:
+        return False
+    return program == product(program.buffers[0].dtype, program.symbols[0].hi, has_bias(program))
+
+
+def has_bias(program: Program) -> bool:
+    """Does the isolated kernel add a bias?"""
+    return len(program.buffers) == 4
 
 
 def row_stride(x: Buffer) -> Index | None:
@@ -80,7 +100,7 @@ def rows_of(x: Buffer) -> Index:
 
 def arguments(program: Program, template: Template) -> tuple[Index, ...]:
     """What a launch passes for n0, n1, n2, n3."""
-    x, w = (program.buffer(n) for n in template.operands)
+    x, w = (program.buffer(n) for n in template.operands[:2])
     stride = row_stride(x)
     assert stride is not None, "a pass chose the template for rows that do not lie evenly"
     return rows_of(x), w.shape[0], w.shape[1], stride

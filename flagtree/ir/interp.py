@@ -158,14 +158,16 @@ class _Execution:
         run_kernel(self.program, step, tensors, self.symbols, self.override is not None, values)
 
     def template(self, step: Template, scope: Scope) -> None:
-        """gemm(a, b): a[..., K] and b[N, K] give acc[..., N] = a @ b^T, summed in the accumulator's type and rounded to a's dtype.
-        The epilogue's axes are i0, i1, … over acc's dimensions; without one acc is the output."""
-        if step.kind != "gemm" or step.prologue or len(step.operands) != 2:
+        """gemm(a, b): a[..., K] and b[N, K] give acc[..., N] = a @ b^T, summed in the accumulator's type and rounded to a's dtype;
+        gemm(a, b, c) adds c[N] before the rounding.  The epilogue's axes are i0, i1, … over acc's dimensions; without one acc is the
+        output."""
+        if step.kind != "gemm" or step.prologue or len(step.operands) not in (2, 3):
             raise IRError(f"the interpreter has no template '{step.kind}' of this form", where=f"step {step.name}")
-        a, b = (self.tensor(o, scope) for o in step.operands)
+        a, b, *bias = (self.tensor(o, scope) for o in step.operands)
         dtype = self.program.buffer(step.operands[0]).dtype
         wide = self.override or torch_dtype(step.numerics.accumulator)
-        acc = (a.to(wide) @ b.to(wide).T).to(a.dtype)
+        summed = a.to(wide) @ b.to(wide).T
+        acc = (summed + bias[0].to(wide) if bias else summed).to(a.dtype)
         if not step.epilogue:
             self.tensor(step.outputs[0], scope, write=True).copy_(acc)
             return

@@ -51,18 +51,21 @@ class SmallProducts:
 
 def _template(program: Program, step: Extern, target: Target, bounds: Bounds) -> Template | str:
     """The template in the call's place, or why not."""
-    operands = [a.buffer for a in step.args if isinstance(a, Ref)]
-    if len(operands) != 2 or step.kwargs or step.mutates or any(a is not None for a in step.args[2:]) or step.outputs[0] is None:
-        return "a product with a bias"
-    x, w, y = (program.buffer(n) for n in (*operands, step.outputs[0]))
-    limit = target.gemm_rows.get(x.dtype)
-    if limit is None or not x.dtype == w.dtype == y.dtype:
+    operands = tuple(a.buffer for a in step.args if isinstance(a, Ref))
+    if len(operands) not in (2, 3) or step.kwargs or step.mutates or step.outputs[0] is None:
+        return "a call of another form"
+    x, w, *bias = (program.buffer(n) for n in operands)
+    y = program.buffer(step.outputs[0])
+    limit = max((target.gemm_rows.get(level, {}).get(x.dtype, 0) for level in target.levels), default=0)
+    if not limit or any(b.dtype != x.dtype for b in (w, y, *bias)):
         return f"no product of {x.dtype} rows of our own"
     columns, depth = (n.constant for n in w.shape) if len(w.shape) == 2 else (None, None)
     if columns is None or depth is None or not w.is_contiguous:
         return "the weight is no row-major matrix of known sizes"
     if not gemm.COLUMNS[0] <= columns <= gemm.COLUMNS[1] or not gemm.DEPTH[0] <= depth <= gemm.DEPTH[1]:
         return f"{columns} columns of {depth}"
+    if bias and (bias[0].shape != w.shape[:1] or not bias[0].is_contiguous):
+        return "the bias is not one number a column, side by side"
     if gemm.row_stride(x) is None or not y.is_contiguous or y.role != "temp" or y.alias_of is not None:
         return "the rows do not lie evenly"
     rows = gemm.rows_of(x)
@@ -73,4 +76,4 @@ def _template(program: Program, step: Extern, target: Target, bounds: Bounds) ->
         return f"more than {limit} rows"
     otherwise: tuple[tuple[str, Operand], ...] = () if most is not None and most <= limit else ((gemm.OTHERWISE, step.callee),)
     attrs = ((gemm.ROWS_AT_MOST, limit), *otherwise)
-    return Template(step.name, "gemm", (x.name, w.name), (y.name,), attrs, (), (), Numerics(fp_contract=True), step.origins)
+    return Template(step.name, "gemm", operands, (y.name,), attrs, (), (), Numerics(fp_contract=True), step.origins)

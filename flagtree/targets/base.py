@@ -72,7 +72,7 @@ class Target:
     row_limit: int = 65536                 # longest reduced row kept in one tile, in elements
     bandwidth: float = 0.0                 # bytes a second of the device's memory, 0 where no figure is public; for pictures only
     peak: float = 0.0                      # f32 operations a second outside matrix units, likewise
-    gemm_rows: Mapping[str, int] = field(default_factory=dict)  # element type to the rows up to which our own product beats the library's
+    gemm_rows: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # level, type: rows up to which ours is no slower
     dtypes: frozenset[str] = frozenset()
     options: Mapping[str, object] = field(default_factory=dict)
     facts_from: Mapping[str, str] = field(default_factory=dict)

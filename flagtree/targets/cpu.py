@@ -43,11 +43,16 @@ TARGETS = (
         aliases=("native-cpu",),
         levels=LEVELS,
         row_limit=1 << 30,  # rows are walked in sweeps, never held in one tile
-        gemm_rows={"bf16": 4, "f16": 4, "f32": 16},
+        gemm_rows={
+            "x86-64-v4": {"bf16": 4, "f16": 4, "f32": 40},
+            "x86-64-v3": {"bf16": 4, "f16": 4, "f32": 16},
+            "aarch64": {"bf16": 4, "f16": 4, "f32": 16},
+        },
         dtypes=DTYPES,
         facts_from={
             "levels": "x86-64 psABI 1.0, section 3.1.1; Armv8-A baseline (NEON)",
-            "gemm_rows": "measured beside oneDNN and MKL of torch 2.13 on x86-64-v4 with AMX (docs/cpu.md, Templates)",
+            "gemm_rows": "measured beside oneDNN and MKL of torch 2.13 on a processor with AMX (docs/cpu.md, Templates); f32 of "
+            "x86-64-v3 with MKL held to AVX2; aarch64 not measured; x86-64-v2 has no fused multiply-add",
         },
         probe=probe,
     ),

@@ -18,18 +18,19 @@ from tests.codegen.cpp_runner import reference, run
 from tests.runtime.equal_to_eager import compare
 
 TYPES = ("f32", "bf16", "f16")
-SIZES = ((16, 64), (17, 65), (23, 95), (70, 1000), (64, 4096), (130, 127))
-ROWS = (1, 2, 3, 4, 5, 7, 16)
+SIZES = ((16, 32), (17, 65), (23, 95), (70, 1000), (64, 4096), (130, 127))
+ROWS = (1, 2, 3, 4, 5, 7, 67)  # more than a block of rows
 
 
-def ours(dtype: str, x: torch.Tensor, w: torch.Tensor, shift: int = 0) -> torch.Tensor:
+def ours(dtype: str, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None, shift: int = 0) -> torch.Tensor:
     symbols = {"n0": x.shape[0], "n1": w.shape[0], "n2": w.shape[1], "n3": x.stride(0)}
-    return run(print_program(product(dtype, 16)), {"b0": x, "b1": w}, symbols, shift)["b2"]
+    text = print_program(product(dtype, 80, bias is not None))
+    return run(text, {"b0": x, "b1": w} | ({} if bias is None else {"b2": bias}), symbols, shift)["b2" if bias is None else "b3"]
 
 
-def near(x: torch.Tensor, w: torch.Tensor, have: torch.Tensor) -> None:
-    exact = torch.nn.functional.linear(x.double(), w.double())
-    compare(torch.nn.functional.linear(x, w), have, exact, f"{tuple(x.shape)} {tuple(w.shape)}")
+def near(x: torch.Tensor, w: torch.Tensor, have: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    exact = torch.nn.functional.linear(x.double(), w.double(), None if bias is None else bias.double())
+    compare(torch.nn.functional.linear(x, w, bias), have, exact, f"{tuple(x.shape)} {tuple(w.shape)}")
 
 
 @pytest.mark.parametrize("dtype", TYPES)
@@ -40,7 +41,8 @@ def test_every_shape_of_tile_and_tail(dtype: str, rows: int) -> None:
     for k, (columns, depth) in enumerate(SIZES):
         x = torch.randn(rows, depth + k, dtype=kind)[:, :depth]  # rows further apart than they are long
         w = torch.randn(columns, depth, dtype=kind)
-        near(x, w, ours(dtype, x, w, shift=k % 3))
+        bias = torch.randn(columns, dtype=kind) if k % 2 else None
+        near(x, w, ours(dtype, x, w, bias, shift=k % 3), bias)
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
@@ -70,16 +72,19 @@ def test_nan_and_infinity_reach_what_depends_on_them_only(dtype: str) -> None:
     assert (found[[0, 2, 3]][:, [0, 1, 2, *range(4, 18)]] == 67).all()
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", TYPES)
-def test_the_kernel_is_a_program_like_others(dtype: str) -> None:
-    alone = product(dtype, 4)
+def test_the_kernel_is_a_program_like_others(dtype: str, bias: bool) -> None:
+    alone = product(dtype, 4, bias)
     verify(alone)
     assert parse_program(print_program(alone)) == alone
     assert digest(isolate(alone, alone.steps[0]).program) == digest(alone)  # type: ignore[arg-type]
     assert digest(product(dtype, 5)) != digest(alone)
     x, w = torch.randn(2, 65, dtype=torch_dtype(dtype)), torch.randn(17, 65, dtype=torch_dtype(dtype))
     symbols = {"n0": 2, "n1": 17, "n2": 65, "n3": 65}
-    near(x, w, reference(print_program(alone), {"b0": x, "b1": w}, symbols)["b2"])
+    added = torch.randn(17, dtype=torch_dtype(dtype)) if bias else None
+    given = {"b0": x, "b1": w} | ({} if added is None else {"b2": added})
+    near(x, w, reference(print_program(alone), given, symbols)[alone.outputs[0]], added)
 
 
 def test_only_a_product_may_be_contracted() -> None:
