@@ -1,6 +1,6 @@
 """`torch.ops.flagtree.attention` as an attention implementation of transformers, for models built by `capture/model.py`.
 
-Invariant: what the operator does not compute (windows, soft caps, sinks, masks, dropout) is refused, never dropped.
+Invariant: what the operator does not compute (soft caps, sinks, masks, dropout) is refused, never dropped.
 transformers makes no mask for an attention without a mask function, so a captured graph holds none.
 """
 
@@ -35,11 +35,12 @@ def cached_attention(
     *,
     flagtree_cache: ExplicitCache | None = None,
     scaling: float | None = None,
+    sliding_window: int | None = None,
     **options: object,
 ) -> tuple[torch.Tensor, None]:
     """One attention call of transformers: query [B, H, S, D], key and value [B, HK, S, D]; returns [B, S, H, D].
 
-    Raises CaptureError for anything beyond causal attention over the cache.
+    Raises CaptureError for anything beyond causal attention over the cache, or over its last `sliding_window` positions.
     """
     where = f"layer {module.layer_idx}, {type(module).__name__}"
     if attention_mask is not None:
@@ -53,7 +54,7 @@ def cached_attention(
             raise CaptureError(
                 f"the attention option '{name}' = {option!r} is not supported",
                 where=where,
-                why="flagtree::attention computes plain causal attention over the whole cache",
+                why="flagtree::attention computes causal attention over the cache and sliding windows of it",
             )
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     layer = int(module.layer_idx)  # type: ignore[arg-type]
@@ -62,4 +63,5 @@ def cached_attention(
         raise CaptureError(
             f"the model has {key.shape[1]} key heads of {key.shape[3]}, its description {keys.shape[1]} of {keys.shape[3]}", where=where
         )
-    return torch.ops.flagtree.attention(query, key, value, keys, values, flagtree_cache.start, scale), None
+    window = (int(sliding_window),) if sliding_window else ()  # the default is left out, so that graphs without windows stay as they are
+    return torch.ops.flagtree.attention(query, key, value, keys, values, flagtree_cache.start, scale, *window), None

@@ -10,6 +10,7 @@ from torch import fx
 _GEMM = "matrix product: the platform's library"
 _CONV = "convolution: the platform's library"
 _ATTENTION = "attention: the platform's library"
+_PAGED = "attention over a paged cache: the server's own operator, whose page size and layout differ by platform"
 _RANDOM = "random numbers: the generator's own order is kept"
 _ORDER = "sorting: the platform's library"
 _SCATTER = "scatter by index tensors: eager checks each index, and two may name one element"
@@ -19,6 +20,8 @@ REASONS = {
     **dict.fromkeys(("aten.einsum", "aten.mv", "aten.dot", "aten.addmv", "aten.bilinear"), _GEMM),
     **dict.fromkeys(("aten.conv1d", "aten.conv2d", "aten.conv3d", "aten.convolution", "aten.convolution_backward"), _CONV),
     **dict.fromkeys(("aten.scaled_dot_product_attention", "flagtree.attend", "flagtree.attention"), _ATTENTION),
+    **dict.fromkeys(("flagtree.full_attention", "flagtree.varlen_attention"), _ATTENTION),
+    "flagtree.paged_attention": _PAGED,
     "aten._scaled_dot_product_flash_attention_for_cpu": _ATTENTION,
     "aten._scaled_dot_product_flash_attention_for_cpu_backward": _ATTENTION,
     **dict.fromkeys(("aten.sort", "aten.topk", "aten.argsort", "aten.median", "aten.kthvalue"), _ORDER),
@@ -28,7 +31,7 @@ REASONS = {
     **dict.fromkeys(("aten.empty", "aten.empty_like", "aten.new_empty", "aten.empty_strided", "aten.new_empty_strided"), _LAYOUT),
     "aten.embedding": "embedding: eager checks each index, and a row copy gains nothing from fusion",
     "aten.index": "rows by index tensors: eager checks each index, and a row copy gains nothing from fusion",
-    **dict.fromkeys(("vllm.unified_attention_with_output", "vllm.unified_attention", "vllm.unified_mla_attention_with_output"), _ATTENTION),
+    **dict.fromkeys(("vllm.unified_attention_with_output", "vllm.unified_attention", "vllm.unified_mla_attention_with_output"), _PAGED),
     "vllm.unified_kv_cache_update": "paged cache: the server's own operator",
 }
 _PURE = frozenset({"aten", "prims", "flagtree"})  # libraries whose schemas tell all that a call reads and writes

@@ -295,9 +295,10 @@ def _attention(lowering: Lowering, call: Call) -> None:
         body.store(target, place, body.load(source, body.point), mask=valid)
         call.emit(body, suffix=f"{name}_cache")
     q, k_cache, v_cache = (Ref(call.tensor(i).name) for i in (0, 3, 4))
+    window = (size,) if (size := call.argument(7, "window")) else ()
     call.extern(
         callee="flagtree.attend.default",
-        args=(q, k_cache, v_cache, Ref(start.name), call.argument(6, "scale")),
+        args=(q, k_cache, v_cache, Ref(start.name), call.argument(6, "scale"), *window),
         reason="attention: the platform's library",
     )
 

@@ -1,7 +1,7 @@
 """The torch operators `torch.ops.flagtree.*` that captured graphs, launch lists and eager programs share.
 
 Invariant: no kernel here reads a cache row beyond `start + S`, so whatever lies there (NaN included) never reaches a result.
-Imports nothing but torch and our errors; importing the module registers the operators, once a process.
+Imports nothing but torch, our errors and attention_variants.py; importing the module registers the operators, once a process.
 
     flagtree::attention   writes this call's keys and values into the cache in place, then attends over the cache
     flagtree::attend      the second half alone, for programs whose cache write is a kernel of their own
@@ -10,7 +10,8 @@ Imports nothing but torch and our errors; importing the module registers the ope
 
 Shapes: q [B, H, S, D]; k, v [B, HK, S, D] with HK dividing H (any strides); k_cache, v_cache [B, HK, C, D]; start int64 [B], the
 number of tokens already in the cache of each sequence; result [B, S, H, D], contiguous, so that the head transpose costs nothing.
-Query head h reads key head h // (H / HK).  Token t of sequence b sits at position start[b] + t and attends to positions 0..start[b] + t.
+Query head h reads key head h // (H / HK).  Token t of sequence b sits at position start[b] + t and attends to positions 0..start[b] + t;
+with a `window` above 0 to the last `window` of them only.  What has no cache (vision towers, paged caches) stands in attention_variants.py.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from flagtree.errors import BindError
+from flagtree.runtime import attention_variants as attention_variants  # registers the operators without a cache of this form
+from flagtree.runtime.attention_variants import grouped
 
 ATTENTION = "flagtree::attention"
 ATTEND = "flagtree::attend"
@@ -27,8 +30,10 @@ ATTEND = "flagtree::attend"
 _MASK_ROWS = 512
 
 _library = torch.library.Library("flagtree", "FRAGMENT")
-_library.define("attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor start, float scale) -> Tensor")
-_library.define("attend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor start, float scale) -> Tensor")
+_library.define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor start, float scale, int window=0) -> Tensor"
+)
+_library.define("attend(Tensor q, Tensor k_cache, Tensor v_cache, Tensor start, float scale, int window=0) -> Tensor")
 _library.define("grouped_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float? scale) -> Tensor")
 
 
@@ -55,8 +60,9 @@ def _starts(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, start
 
 
 def _attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, start: torch.Tensor, scale: float
-) -> torch.Tensor:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, start: torch.Tensor, scale: float,
+    window: int = 0,
+) -> torch.Tensor:  # fmt: skip
     starts, tokens = _starts(q, k_cache, v_cache, start), q.shape[2]
     for cache, rows in ((k_cache, k), (v_cache, v)):
         if rows.shape != (*cache.shape[:2], tokens, cache.shape[3]) or rows.dtype != cache.dtype:
@@ -66,11 +72,13 @@ def _attention(
             )
         for sequence, first in _equal_starts(starts):
             cache[sequence, :, first : first + tokens].copy_(rows[sequence])
-    return _attend_at(q, k_cache, v_cache, starts, scale)
+    return _attend_at(q, k_cache, v_cache, starts, scale, window)
 
 
-def _attend(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, start: torch.Tensor, scale: float) -> torch.Tensor:
-    return _attend_at(q, k_cache, v_cache, _starts(q, k_cache, v_cache, start), scale)
+def _attend(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, start: torch.Tensor, scale: float, window: int = 0
+) -> torch.Tensor:
+    return _attend_at(q, k_cache, v_cache, _starts(q, k_cache, v_cache, start), scale, window)
 
 
 def _equal_starts(starts: list[int]) -> list[tuple[slice, int]]:
@@ -84,24 +92,32 @@ def _equal_starts(starts: list[int]) -> list[tuple[slice, int]]:
     return runs
 
 
-def _attend_at(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, starts: list[int], scale: float) -> torch.Tensor:
+def _attend_at(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, starts: list[int], scale: float, window: int
+) -> torch.Tensor:
+    if window < 0:
+        raise BindError(f"attention: a window of {window} positions", hint="0 for all positions")
     batch, heads, tokens, _ = q.shape
     out = q.new_empty(batch, tokens, heads, v_cache.shape[3])
     if not out.numel():
         return out
     for run, first in _equal_starts(starts):
         end = first + tokens
-        keys, values = k_cache[run, :, :end], v_cache[run, :, :end]
+        seen_from = max(0, end - window) if window and tokens == 1 else 0
+        keys, values = k_cache[run, :, seen_from:end], v_cache[run, :, seen_from:end]
         if tokens == 1:
             _one_token(q[run], keys, values, scale, out[run])
-        elif first == 0:
-            _grouped(q[run], keys, values, None, scale, out[run])
+        elif first == 0 and not 0 < window < end:
+            grouped(q[run], keys, values, None, scale, out[run], causal=True)
         else:
             for row in range(0, tokens, _MASK_ROWS):
                 rows = slice(row, min(row + _MASK_ROWS, tokens))
-                seen = first + rows.stop
-                mask = torch.arange(seen, device=q.device) <= torch.arange(first + row, seen, device=q.device)[:, None]
-                _grouped(q[run, :, rows], keys[:, :, :seen], values[:, :, :seen], mask, scale, out[run, rows])
+                low, seen = max(0, first + row - window + 1) if window else 0, first + rows.stop
+                place, row_place = torch.arange(low, seen, device=q.device), torch.arange(first + row, seen, device=q.device)[:, None]
+                mask = place <= row_place
+                if window:
+                    mask &= place > row_place - window
+                grouped(q[run, :, rows], keys[:, :, low:seen], values[:, :, low:seen], mask, scale, out[run, rows])
     return out
 
 
@@ -127,27 +143,16 @@ def _one_token_shape(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: to
     return q.new_empty(q.shape[0], q.shape[1], 1, v.shape[3])
 
 
-def _grouped(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scale: float, out: torch.Tensor) -> None:
-    """Several tokens: (batch, key head) becomes the batch and the group the heads, over which K and V are broadcast with stride 0.
-
-    `mask` [S, L] is true where a row sees a position; None means causal from position 0.
-    """
-    batch, heads, tokens, width = q.shape
-    key_heads = keys.shape[1]
-    group = heads // key_heads
-    queries = q.reshape(batch, key_heads, group, tokens, width).flatten(0, 1)
-    k, v = (x.flatten(0, 1)[:, None].expand(-1, group, -1, -1) for x in (keys, values))
-    found = scaled_dot_product_attention(queries, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
-    out.copy_(found.unflatten(0, (batch, key_heads)).permute(0, 3, 1, 2, 4).reshape(out.shape))
-
-
 def _attention_shape(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, start: torch.Tensor, scale: float
-) -> torch.Tensor:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, start: torch.Tensor, scale: float,
+    window: int = 0,
+) -> torch.Tensor:  # fmt: skip
     return _attend_shape(q, k_cache, v_cache, start, scale)
 
 
-def _attend_shape(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, start: torch.Tensor, scale: float) -> torch.Tensor:
+def _attend_shape(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, start: torch.Tensor, scale: float, window: int = 0
+) -> torch.Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v_cache.shape[3])
 
 

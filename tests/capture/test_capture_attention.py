@@ -38,10 +38,17 @@ def test_the_usual_scale_is_taken_where_none_is_given() -> None:
     assert torch.equal(without, given)
 
 
+def test_a_sliding_window_reaches_the_operator() -> None:
+    module, q, k, v, cache = make()
+    found, _ = cached_attention(module, q, k, v, None, scaling=0.5, flagtree_cache=cache, sliding_window=2)
+    caches = torch.zeros(2, 2, 2, 6, 8)
+    assert torch.equal(found, torch.ops.flagtree.attention(q, k, v, *caches, cache.start, 0.5, 2))
+    assert not torch.equal(found, torch.ops.flagtree.attention(q, k, v, *caches, cache.start, 0.5))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sliding_window": 4}, "'sliding_window' = 4"),
         ({"softcap": 30.0}, "'softcap' = 30.0"),
         ({"s_aux": 1.0}, "'s_aux'"),
         ({"dropout": 0.1}, "'dropout' = 0.1"),
