@@ -15,6 +15,7 @@ from torch import fx
 
 from flagtree.check.recipe import FORMAT, NoEager, no_eager
 from flagtree.codegen import launch
+from flagtree.ir import attention
 from flagtree.ir.canonical import Isolated
 from flagtree.ir.evaluate import IR_NAMES
 from flagtree.ir.gemm import PRODUCT, is_product
@@ -41,20 +42,32 @@ def recipe_of(
 def eager_of(graph: fx.Graph, program: Program, kernel: Kernel, isolated: Isolated, renamed: Mapping[str, str]) -> dict[str, Any]:
     """`recipe_of` over the isolated kernel's names b0… and n0…"""
     if is_product(isolated.program):  # a template: its kernel has the names of the isolated form only
-        return _product_recipe(isolated.program)
+        return _call_recipe(isolated.program, PRODUCT, tuple({"buffer": b.name} for b in isolated.program.buffers[:-1]))
+    if (form := attention.form_of(isolated.program)) is not None:
+        return _call_recipe(isolated.program, *_attention_call(isolated.program, form))
     buffers = {name: f"b{i}" for i, name in enumerate(isolated.buffers)}
     symbols = {str(name): f"n{i}" for i, name in enumerate(isolated.symbols)}
     return recipe_of(graph, program, kernel, buffers, symbols, renamed)
 
 
-def _product_recipe(program: Program) -> dict[str, Any]:
+def _call_recipe(program: Program, callee: str, args: tuple[object, ...]) -> dict[str, Any]:
+    """One call that computes the whole kernel: the last buffer from the others."""
     views = {
         b.name: {"storage": b.name, "dtype": b.dtype, "shape": [n.to_json() for n in b.shape], "strides": [n.to_json() for n in b.layout],
                  "offset": 0} for b in program.buffers
     }  # fmt: skip
-    *given, result = views
-    call = {"extern": PRODUCT, "args": [{"buffer": name} for name in given], "kwargs": {}, "outputs": [result]}
-    return {"format": FORMAT, "views": views, "given": [[n, n] for n in given], "steps": [call], "results": {result: result}}
+    *given, out = (b.name for b in program.buffers)
+    call = {"extern": callee, "args": list(args), "kwargs": {}, "outputs": [out]}
+    return {"format": FORMAT, "views": views, "given": [[n, n] for n in given], "steps": [call], "results": {out: out}}
+
+
+def _attention_call(program: Program, form: attention.Form) -> tuple[str, tuple[object, ...]]:
+    """The operator whose form it is, with its operands."""
+    callee = next(name for name, kind in attention.OPERATORS.items() if kind == form.kind)
+    *given, _ = attention.operands(program, form)
+    tensors: list[object] = [{"buffer": b.name} for b in given]
+    further = {attention.CACHED: (form.window,), attention.FULL: (), attention.PACKED: (form.causal,)}[form.kind]
+    return callee, (*tensors, *([None] if form.operands == 3 else []), form.scale, *further)
 
 
 class _Writer:

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from flagtree.check import attention_inputs
 from flagtree.check.regimes import floats
+from flagtree.ir.attention import form_of
 from flagtree.ir.bounds import Bounds
 from flagtree.ir.dtypes import DTYPES
 from flagtree.ir.evaluate import torch_dtype
@@ -48,6 +50,8 @@ def sample_symbols(program: Program, rows: int = 3) -> list[dict[str, int]]:
     (made odd) and the others are 2 or the least above it.  A size that no axis runs over (a cache's rows) is the largest."""
     kernel = program.steps[0]
     assert isinstance(kernel, Kernel)
+    if (form := form_of(program)) is not None:
+        return attention_inputs.sizes(program, form)
     walked = {n for axis in kernel.axes for n in axis.extent.names()}
     low = lower_ends(program)
     first = next((s for s in program.symbols if s.name in walked), None)
@@ -63,6 +67,8 @@ def sample_symbols(program: Program, rows: int = 3) -> list[dict[str, int]]:
 
 def lower_ends(program: Program) -> dict[str, int]:
     """The least value of each symbol, at least 1; a size that no axis runs over is as large as the largest that one does."""
+    if (form := form_of(program)) is not None:
+        return attention_inputs.sizes(program, form)[0]
     return _with_room(program, {s.name: _fitting(s, max(1, s.lo)) for s in program.symbols})
 
 
@@ -115,11 +121,13 @@ def make_operands(program: Program, symbols: Mapping[str, int], seed: int, kind:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a buffer's elements may be: integers from `low` to `high` inclusive (0 or more for unsigned ones), floats `positive`."""
+    """What a buffer's elements may be: integers from `low` to `high` inclusive (0 or more for unsigned ones), `ascending` if they must
+    be; floats `positive`."""
 
     low: int
     high: int
     positive: bool
+    ascending: bool = False
 
 
 def value_limits(program: Program, kernel: Kernel, symbols: Mapping[str, int]) -> dict[str, Limits]:
@@ -133,6 +141,8 @@ def value_limits(program: Program, kernel: Kernel, symbols: Mapping[str, int]) -
             low = 1
         low = max(0, low) if DTYPES[buffer.dtype].kind == "uint" else low
         out[buffer.name] = Limits(low, max(low, high), buffer.name in positive)
+    if (form := form_of(program)) is not None and (told := attention_inputs.told(program, form, symbols)) is not None:
+        out[told[0]] = Limits(0, told[1], False, told[2])
     return out
 
 
@@ -142,7 +152,8 @@ def _values(buffer: Buffer, count: int, generator: torch.Generator, kind: str, l
         return floats(kind, count, generator, buffer.dtype, limits.positive, inside).to(dtype)
     if facts.kind == "bool":
         return torch.randint(0, 2, (count,), generator=generator).to(torch.bool)
-    return torch.randint(limits.low, limits.high + 1, (count,), generator=generator).to(dtype)
+    values = torch.randint(limits.low, limits.high + 1, (count,), generator=generator).to(dtype)
+    return values.sort().values if limits.ascending else values
 
 
 def unwritten(dtype: torch.dtype) -> float | int | bool:

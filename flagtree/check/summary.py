@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from flagtree.check.report import ExternRow, KernelRow, PartReport, fact
+from flagtree.ir.attention import OPERATORS
 from flagtree.ir.gemm import OTHERWISE, PRODUCT, above_reason
 from flagtree.ir.program import Extern, Kernel, Program, Repeat, Step, Template
 from flagtree.ir.traffic import ProgramTraffic, program_traffic
@@ -77,10 +78,12 @@ def _kernel_rows(
     # what stays a call keeps its bytes, also where a kernel took over a part of it (the cache write of attention)
     calls = (s for s in _steps(program.steps) if isinstance(s, Extern | Template))
     claimed = {o.node for s in calls if isinstance(s, Extern) or is_call(s) for o in s.origins}
+    # attention keeps its bytes for the same reason
+    attended = {o.node for s in _steps(program.steps) if isinstance(s, Kernel) and is_attention(s) for o in s.origins}
     for step in _steps(program.steps):
         if not isinstance(step, Kernel | Template):
             continue
-        nodes = {o.node for o in step.origins} - claimed
+        nodes = {o.node for o in step.origins} - claimed - (set() if is_attention(step) else attended)
         claimed |= nodes
         before, after = sum(node_bytes.get(n, 0) for n in nodes), moved[step.name]
         digest, launches, size = digests[step.name], after.launches, after.bytes // after.launches
@@ -112,6 +115,11 @@ def _kernel_rows(
 def is_call(step: Step) -> bool:
     """A template whose rows may be more than its kernel takes."""
     return isinstance(step, Template) and OTHERWISE in dict(step.attrs)
+
+
+def is_attention(step: Step) -> bool:
+    """Was this kernel a call of attention?"""
+    return isinstance(step, Kernel) and bool(step.ops) and step.ops[0] in OPERATORS
 
 
 def label(kernel: Kernel | Template) -> str:

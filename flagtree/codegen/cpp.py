@@ -12,7 +12,7 @@ from typing import Any
 
 import jinja2
 
-from flagtree.codegen import cpp_gemm
+from flagtree.codegen import cpp_attention, cpp_gemm
 from flagtree.codegen import cpp_ops as ops
 from flagtree.codegen.cpp_body import large_name
 from flagtree.codegen.cpp_index import operand_text
@@ -41,7 +41,9 @@ def generate(program: Program, digest: str) -> str:
     Raises CodegenError for a kernel that this generator cannot express.
     """
     kernel = program.steps[0]
-    context = cpp_gemm.context(program) if isinstance(kernel, Kernel) and kernel.numerics.fp_contract else _walked(program)
+    assert isinstance(kernel, Kernel)
+    template = cpp_attention if kernel.numerics.rounding == "fused" else cpp_gemm if kernel.numerics.fp_contract else None
+    context = _walked(program) if template is None else template.context(program)
     text = print_program(program).rstrip("\n").split("\n")
     names = {"digest": digest, "symbol": symbol_name(digest), "text": text, "threshold": THREAD_WORK}
     lines = (*context["definitions"], *context["head"], *context["decode"], *context["body"], *context["after"])

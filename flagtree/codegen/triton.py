@@ -13,12 +13,14 @@ from pathlib import Path
 
 import jinja2
 
+from flagtree.codegen import triton_attention
 from flagtree.codegen.triton_body import BodyWriter
 from flagtree.codegen.triton_index import INT32_MAX, IndexText
 from flagtree.codegen.triton_ops import POINTERS, Speller
 from flagtree.codegen.triton_phases import phases
 from flagtree.codegen.triton_tile import Tile, TiledAxis
 from flagtree.errors import CodegenError
+from flagtree.ir.attention import Form, form_of
 from flagtree.ir.flat import FlatKernel, flatten
 from flagtree.ir.index import ONE, Index
 from flagtree.ir.program import Kernel, Program, Schedule, Symbol
@@ -65,10 +67,25 @@ def generate(program: Program, digest: str, target: Target) -> TritonSource:
         if schedule is None:
             raise CodegenError("the kernel has no schedule", hint="the pass `schedule` gives it one")
         _check_target(program, schedule, target)
+        if (form := form_of(program)) is not None:
+            return _attention(program, kernel, form, schedule, function)
         flat = flatten(program.with_(steps=(replace(kernel, schedule=schedule),)))
         return _write(program, kernel, flat, flat.schedule or schedule, function, schedule.warps * target.warp)
     except CodegenError as e:
         raise CodegenError(e.what, where=e.where or function, why=e.why, hint=e.hint) from e
+
+
+def _attention(program: Program, kernel: Kernel, form: Form, schedule: Schedule, function: str) -> TritonSource:
+    """The module of an attention, from its own template."""
+    signature = _signature(program)
+    text = _environment().get_template("triton_attention.py.j2").render(
+        **_header(program, function, signature), **triton_attention.context(program, form)
+    )
+    grid = tuple(g.to_json() for g in triton_attention.grid(program, form))
+    return TritonSource(
+        text, function, signature, grid, (), _alignable(program), schedule.warps, schedule.stages, kernel.numerics.fp_contract,  # type: ignore[arg-type]
+        schedule.tiles, schedule.loop, False,
+    )  # fmt: skip
 
 
 def _check_target(program: Program, schedule: Schedule, target: Target) -> None:
@@ -86,7 +103,7 @@ def _write(program: Program, kernel: Kernel, flat: FlatKernel, schedule: Schedul
     tile = Tile(flat, schedule, program.symbols)
     helpers: set[str] = set()
     axis_widths = {n: 32 if _upper(a.extent, tile) <= INT32_MAX - a.tile else 64 for n, a in tile.axes.items()}
-    symbol_widths = {s.name: 64 if s.hi > INT32_MAX or s.lo < -INT32_MAX else 32 for s in program.symbols}
+    symbol_widths = {s.name: _symbol_width(s) for s in program.symbols}
     value_widths = {n: 64 if d == "i64" else 32 for n, d in flat.dtypes.items()}
     index = IndexText(tile.bounds, axis_widths | symbol_widths | value_widths, helpers.add)
     memory = {b.name: b.dtype for b in program.buffers}
@@ -94,14 +111,22 @@ def _write(program: Program, kernel: Kernel, flat: FlatKernel, schedule: Schedul
     grid = _prologue(tile, writer)
     for phase in phases(tile):
         writer.phase(phase)
-    signature = tuple((b.name, POINTERS[b.dtype]) for b in program.buffers) + tuple(
-        (s.name, f"i{symbol_widths[s.name]}") for s in program.symbols
-    )
+    signature = _signature(program)
     text = _module(program, function, signature, writer.lines, helpers)
     return TritonSource(
         text, function, signature, tuple(g.to_json() for g in grid), (), _alignable(program), schedule.warps, schedule.stages,  # type: ignore[arg-type]
         kernel.numerics.fp_contract, tuple((a.name, a.tile) for a in tile.axes.values()), tile.loops, writer.atomic,
     )  # fmt: skip
+
+
+def _symbol_width(symbol: Symbol) -> int:
+    return 64 if symbol.hi > INT32_MAX or symbol.lo < -INT32_MAX else 32
+
+
+def _signature(program: Program) -> tuple[tuple[str, str], ...]:
+    """Pointers, then symbols."""
+    pointers = tuple((b.name, POINTERS[b.dtype]) for b in program.buffers)
+    return pointers + tuple((s.name, f"i{_symbol_width(s)}") for s in program.symbols)
 
 
 def _upper(extent: Index, tile: Tile) -> int:
@@ -209,12 +234,17 @@ def with_callees(names: set[str]) -> list[str]:
     return sorted(found)
 
 
+def _header(program: Program, function: str, signature: tuple[tuple[str, str], ...]) -> dict[str, object]:
+    """What every template of a module begins with."""
+    return {
+        "function": function,
+        "ir": print_program(program).splitlines(),
+        "symbols": ", ".join(f'"{s.name}"' for s in program.symbols),
+        "arguments": ", ".join(n for n, _ in signature),
+    }
+
+
 def _module(program: Program, function: str, signature: tuple[tuple[str, str], ...], body: list[str], helpers: set[str]) -> str:
     return _environment().get_template("triton_kernel.py.j2").render(
-        function=function,
-        ir=print_program(program).splitlines(),
-        helpers=[helper_functions()[n] for n in with_callees(helpers)],
-        symbols=", ".join(f'"{s.name}"' for s in program.symbols),
-        arguments=", ".join(n for n, _ in signature),
-        body=body or ["pass"],
-    )  # fmt: skip
+        **_header(program, function, signature), helpers=[helper_functions()[n] for n in with_callees(helpers)], body=body or ["pass"]
+    )

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from flagtree.errors import FlagtreeError, UnknownName
 from flagtree.ir.program import Program
 from flagtree.ir.verify import verify
+from flagtree.passes.attention import Attention
 from flagtree.passes.base import Fuel, Pass, Report
 from flagtree.passes.canonicalize import Canonicalize
 from flagtree.passes.fuse_pointwise import FusePointwise
@@ -25,7 +26,7 @@ from flagtree.passes.small_products import SmallProducts
 from flagtree.passes.split_reduction import SplitReduction
 from flagtree.targets.base import Target
 
-_OURS = (Canonicalize, GroupHeads, Reinplace, FusePointwise, FuseReduction, SmallProducts, SplitReduction, ScheduleKernels)
+_OURS = (Canonicalize, GroupHeads, Reinplace, FusePointwise, FuseReduction, SmallProducts, SplitReduction, Attention, ScheduleKernels)
 PASSES: dict[str, type] = {p.name: p for p in _OURS}
 _SPEC = r"([A-Za-z_]\w*)\s*(?:\{([^}]*)\})?\s*(?:,|$)"
 After = Callable[[Pass, Program, Report], None]
@@ -52,6 +53,7 @@ def pipeline(target: Target) -> tuple[Pass, ...]:
         Canonicalize(),
         SmallProducts(),     # products of few rows as our own kernel
         SplitReduction(),    # long sums over rows into partial and final
+        Attention(),         # attention as our own kernel, where the target's facts say so
         ScheduleKernels(),   # tiles under the target's limits
     )  # fmt: skip
 

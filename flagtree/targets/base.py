@@ -42,6 +42,12 @@ class Driver:
     attributes: tuple[int, ...] = ()
 
 
+# every case of attention (passes/attention.py), where the language is Triton
+TRITON_ATTENTION = dict.fromkeys(
+    ("one token", "several tokens", "a window", "all keys", "some keys", "packed sequences"), frozenset({"bf16", "f16", "f32"})
+)
+
+
 def _any_device(attributes: tuple[int, ...]) -> bool:
     return True
 
@@ -73,6 +79,7 @@ class Target:
     bandwidth: float = 0.0                 # bytes a second of the device's memory, 0 where no figure is public; for pictures only
     peak: float = 0.0                      # f32 operations a second outside matrix units, likewise
     gemm_rows: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # level, type: rows up to which ours is no slower
+    attention: Mapping[str, frozenset[str]] = field(default_factory=dict)  # case (passes/attention.py) to element types that are ours
     dtypes: frozenset[str] = frozenset()
     options: Mapping[str, object] = field(default_factory=dict)
     facts_from: Mapping[str, str] = field(default_factory=dict)

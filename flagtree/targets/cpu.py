@@ -43,6 +43,7 @@ TARGETS = (
         aliases=("native-cpu",),
         levels=LEVELS,
         row_limit=1 << 30,  # rows are walked in sweeps, never held in one tile
+        attention=dict.fromkeys(("one token", "a window", "some keys", "packed sequences"), frozenset({"bf16", "f32"})),
         gemm_rows={
             "x86-64-v4": {"bf16": 4, "f16": 4, "f32": 40},
             "x86-64-v3": {"bf16": 4, "f16": 4, "f32": 16},

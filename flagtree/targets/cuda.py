@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from functools import partial
 
-from flagtree.targets.base import Driver, Reach, Target
+from flagtree.targets.base import TRITON_ATTENTION, Driver, Reach, Target
 from flagtree.targets.stock_triton import reach
 
 _CAPABILITY = "CUDA C++ Programming Guide 13.0, appendix Compute Capabilities, table Technical Specifications"
@@ -91,6 +91,7 @@ def _target(
         row_limit=16384,
         bandwidth=gigabytes * 1e9,
         peak=teraflops * 1e12,
+        attention=TRITON_ATTENTION,
         dtypes=_DTYPES | {"f8e4m3fn"} if capability >= 89 else _DTYPES,
         options={"ptx_version": ptx, "driver": driver},
         facts_from={

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from flagtree.settings import settings
 from flagtree.targets import stock_triton
-from flagtree.targets.base import Driver, Reach, Target
+from flagtree.targets.base import TRITON_ATTENTION, Driver, Reach, Target
 
 SDK_COMPILER = Path("mxgpu_llvm") / "bin" / "mxcc"  # below MACA_PATH, where MetaX's own Triton looks for it
 # Why a kernel stops at `llir`, the same words on every machine: they go into bundles.
@@ -76,6 +76,7 @@ TARGETS = (
         max_threads=512,
         shared_bytes=64 * 1024,
         row_limit=8192,
+        attention=TRITON_ATTENTION,
         dtypes=frozenset({"b1", "u8", "i8", "i16", "i32", "i64", "f16", "bf16", "f32", "f64"}),
         options={"processor": "xcore1000", "num_warps": 4, "num_stages": 2, "enable_fp_fusion": False},
         facts_from={

@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from flagtree.targets.base import Driver, Reach, Target
+from flagtree.targets.base import TRITON_ATTENTION, Driver, Reach, Target
 from flagtree.targets.stock_triton import reach
 
 _CDNA = "AMD Instinct MI200 and MI300 Instruction Set Architecture, reference guides: work-group limits and LDS"
@@ -61,6 +61,7 @@ def _target(architecture: str, description: str, *aliases: str, of: str, terabyt
         row_limit=16384,
         bandwidth=terabytes * 1e12,
         peak=teraflops * 1e12,
+        attention=TRITON_ATTENTION,
         dtypes=_DTYPES,
         facts_from={
             "warp": f"{_CDNA}: wave64",

@@ -13,7 +13,7 @@ from flagtree.errors import ToolchainError
 
 ENTRY = "ft_entry"
 _QUERIES = {"thread.id.x": "ft_thread_x", "block.id.x": "ft_block_x", "block.id.y": "ft_block_y", "block.id.z": "ft_block_z"}
-_MATRIX = {"mma.f32.16x16x2bf16": 1, "mma.f32.16x16x16f16": 0}
+_MATRIX = {"mma.f32.16x16x16f16": ("ft_matrix", 0), "mma.f32.16x16x2bf16": ("ft_matrix", 1), "mma.f32.16x16x4f32": ("ft_matrix_f32", 2)}
 _MXC = re.compile(r"@llvm\.mxc\.([\w.]+)\((.*)\)$")
 # The host's code generator moves a load into the branch that needs it, which would hide a load outside its tensor.
 _LOAD = re.compile(r"^(  %[\w.]+ = load )(?!atomic|volatile)(?=.*addrspace)")
@@ -53,7 +53,8 @@ def _call(name: str, operands: str, site: int) -> str:
     if name == "bsm.bpermute":
         return f"@ft_bpermute(i32 {site}, {operands})"
     if name in _MATRIX:
-        return f"@ft_matrix(i32 {site}, i32 {_MATRIX[name]}, {operands})"
+        function, element = _MATRIX[name]
+        return f"@{function}(i32 {site}, i32 {element}, {operands})"
     raise ToolchainError(f"the emulator does not know the intrinsic 'llvm.mxc.{name}'")
 
 
@@ -73,12 +74,23 @@ declare i32 @ft_block_z()
 declare void @ft_barrier(i32) convergent
 declare i32 @ft_bpermute(i32, i32, i32) convergent
 declare void @ft_mma(i32, i64, i64, ptr, i32) convergent
-define internal <4 x float> @ft_matrix(i32 %site, i32 %bf16, <4 x half> %a, <4 x half> %b, <4 x float> %c) alwaysinline {
+define internal <4 x float> @ft_matrix(i32 %site, i32 %element, <4 x half> %a, <4 x half> %b, <4 x float> %c) alwaysinline {
   %x = bitcast <4 x half> %a to i64
   %y = bitcast <4 x half> %b to i64
   %sum = alloca <4 x float>, align 16
   store <4 x float> %c, ptr %sum, align 16
-  call void @ft_mma(i32 %site, i64 %x, i64 %y, ptr %sum, i32 %bf16)
+  call void @ft_mma(i32 %site, i64 %x, i64 %y, ptr %sum, i32 %element)
+  %r = load <4 x float>, ptr %sum, align 16
+  ret <4 x float> %r
+}
+define internal <4 x float> @ft_matrix_f32(i32 %site, i32 %element, float %a, float %b, <4 x float> %c) alwaysinline {
+  %i = bitcast float %a to i32
+  %j = bitcast float %b to i32
+  %x = zext i32 %i to i64
+  %y = zext i32 %j to i64
+  %sum = alloca <4 x float>, align 16
+  store <4 x float> %c, ptr %sum, align 16
+  call void @ft_mma(i32 %site, i64 %x, i64 %y, ptr %sum, i32 %element)
   %r = load <4 x float>, ptr %sum, align 16
   ret <4 x float> %r
 }

@@ -90,9 +90,18 @@ static float from_half(uint16_t h) {
   return f;
 }
 
-/* 16x16x16 matrix product of a warp: A[m][k] is element k%4 of lane m+16*(k/4), B[k][n] of lane n+16*(k/4), C[m][n] element m%4 of lane
- * n+16*(m/4).  Sums in order of k, each rounded to float. */
-void ft_mma(int32_t place, uint64_t a, uint64_t b, float *c, int32_t is_bf16) {
+static float from_word(uint64_t x) {
+  uint32_t u = (uint32_t)x;
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+
+enum { HALF, BFLOAT16, FLOAT };
+
+/* 16x16 matrix product of a warp: A[m][k] is element k%4 of lane m+16*(k/4), B[k][n] of lane n+16*(k/4), 16 deep; of floats the only
+ * element of lane m+16*k and n+16*k, 4 deep.  C[m][n] is element m%4 of lane n+16*(m/4).  Sums in order of k, each rounded to float. */
+void ft_mma(int32_t place, uint64_t a, uint64_t b, float *c, int32_t element) {
   int slot = parity[current] ^= 1;
   fragment_a[slot][current] = a;
   fragment_b[slot][current] = b;
@@ -100,10 +109,12 @@ void ft_mma(int32_t place, uint64_t a, uint64_t b, float *c, int32_t is_bf16) {
   int lane = current & (LANES - 1), warp = current & ~(LANES - 1), n = lane & 15;
   for (int i = 0; i < 4; i++) {
     int m = 4 * (lane >> 4) + i;
-    for (int k = 0; k < 16; k++) {
+    for (int k = 0; k < 4 && element == FLOAT; k++)
+      c[i] += from_word(fragment_a[slot][warp + m + 16 * k]) * from_word(fragment_b[slot][warp + n + 16 * k]);
+    for (int k = 0; k < 16 && element != FLOAT; k++) {
       uint16_t x = fragment_a[slot][warp + m + 16 * (k >> 2)] >> (16 * (k & 3));
       uint16_t y = fragment_b[slot][warp + n + 16 * (k >> 2)] >> (16 * (k & 3));
-      c[i] += is_bf16 ? from_bf16(x) * from_bf16(y) : from_half(x) * from_half(y);
+      c[i] += element == BFLOAT16 ? from_bf16(x) * from_bf16(y) : from_half(x) * from_half(y);
     }
   }
 }

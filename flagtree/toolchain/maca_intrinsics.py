@@ -34,10 +34,12 @@ RENAMED: dict[str, str] = {
 # scheduling hints without a meaning for the result
 DROPPED = frozenset({"llvm.amdgcn.s.waitcnt", "llvm.amdgcn.sched.barrier", "llvm.amdgcn.iglp.opt"})
 
-# the 16x16x16 matrix instructions: MetaX's fragment layout is AMD's (lane = row + 16 * (k // 4), 4 elements a lane)
+# the 16x16 matrix instructions: MetaX's fragment layout is AMD's (16 deep: lane = row + 16 * (k // 4), 4 elements a lane; f32, 4 deep:
+# lane = row + 16 * k, one element a lane)
 MATRIX: dict[str, str] = {
     "llvm.amdgcn.mfma.f32.16x16x16f16": "llvm.mxc.mma.f32.16x16x16f16",
     "llvm.amdgcn.mfma.f32.16x16x16bf16.1k": "llvm.mxc.mma.f32.16x16x2bf16",
+    "llvm.amdgcn.mfma.f32.16x16x4f32": "llvm.mxc.mma.f32.16x16x4f32",
 }
 
 DECLARED: dict[str, str] = {
@@ -49,6 +51,7 @@ DECLARED: dict[str, str] = {
     "llvm.mxc.bsm.bpermute": "i32 (i32, i32)",
     "llvm.mxc.mma.f32.16x16x16f16": "<4 x float> (<4 x half>, <4 x half>, <4 x float>)",
     "llvm.mxc.mma.f32.16x16x2bf16": "<4 x float> (<4 x half>, <4 x half>, <4 x float>)",
+    "llvm.mxc.mma.f32.16x16x4f32": "<4 x float> (float, float, <4 x float>)",
 }
 
 # LLVM's own functions, which any LLVM 19 back end of the AMDGPU family lowers

@@ -18,6 +18,8 @@ from tests.main_job.conftest import TARGETS, Ended, Place, content
 
 PREFILL_BYTES, DECODE_BYTES = 3024e6, 395.5e6  # a layer, batch 1: 2048 tokens, and one token at context 2048
 
+ATTEND = ["flagtree.attend.default"]  # the operators of the kernel, or of the call
+
 
 @dataclass(frozen=True)
 class Built:
@@ -90,7 +92,9 @@ def test_rows_add_up_to_the_totals(first: Built) -> None:
         assert totals["bytes_after"] == sum(row["bytes_after"] * row["launches"] for row in part["kernels"])
         assert totals["bytes_extern"] == sum(row["bytes"] for row in part["externs"])
         assert part["launches_total"] == sum(row["launches"] for row in part["kernels"])
-        assert totals["bytes_after"] < totals["bytes_before"] / 4
+        fused = [row for row in part["kernels"] if row["ops"] != ATTEND]  # attention moves what it did as a call
+        before, after = (sum(row[key] * row["launches"] for row in fused) for key in ("bytes_before", "bytes_after"))
+        assert after < before / 4
         # kernels before fusion and externs together are the model's bytes, all layers: nothing is counted twice or forgotten
         inner = part["bytes_before_per_layer"] * 36
         outside = next(row["bytes"] for row in part["externs"] if row["callee"] == "aten.embedding.default")
@@ -109,7 +113,7 @@ def test_after_fusion_a_layer_moves_what_its_tensors_need(first: Built) -> None:
     )  # fmt: skip
     for part in parts(first):
         if part["name"] == "prefill":
-            inner = sum(row["bytes_after"] for row in part["kernels"] if row["launches"] == 36)
+            inner = sum(row["bytes_after"] for row in part["kernels"] if row["launches"] == 36 and row["ops"] != ATTEND)
             inner += 2 * next(row["bytes_after"] for row in part["kernels"] if row["launches"] == 71)
             assert inner == pytest.approx(by_hand, rel=0.05)
 
@@ -125,12 +129,13 @@ def test_no_call_copies_the_cache_or_repeats_its_heads(first: Built) -> None:
         assert callees <= {"aten.linear.default", "flagtree.attend.default", "aten.embedding.default", "aten.index.Tensor"}
         assert all(row["reason"] for row in part["externs"])
         # attention reads each row of keys and values once: repeating the 8 heads to 32 would be four times that
-        attend = next(row for row in part["externs"] if row["callee"] == "flagtree.attend.default")
+        calls = [row["bytes"] / row["count"] for row in part["externs"] if row["callee"] in ATTEND]
+        (attend,) = calls + [row["bytes_after"] for row in part["kernels"] if row["ops"] == ATTEND]
         tokens = part["reference"].get("sequence", 1)
-        assert attend["bytes"] / attend["count"] == pytest.approx(2 * (2 * 2048 * 1024 + 2 * tokens * 4096), rel=0.01)
+        assert attend == pytest.approx(2 * (2 * 2048 * 1024 + 2 * tokens * 4096), rel=0.01)
         for row in part["kernels"]:
             assert not {op for op in row["ops"] if re.search(r"repeat|expand_copy|index_put|clone", op)}
-            assert row["bytes_after"] <= 2 * 2 * tokens * 3 * 12288 + 2 * 4096
+            assert row["ops"] == ATTEND or row["bytes_after"] <= 2 * 2 * tokens * 3 * 12288 + 2 * 4096
 
 
 def test_tiers_are_the_highest_that_this_machine_reaches(first: Built) -> None:

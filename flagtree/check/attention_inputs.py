@@ -1,0 +1,56 @@
+"""Sizes and integers for an attention under test: a cache with room for the tokens, starts and lengths within it, ascending bounds.
+
+What the general rules of check/inputs.py cannot know: the integers that say which keys a row sees enter no index.  Used there only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from flagtree.ir.attention import FULL, PACKED, Form, operands
+from flagtree.ir.index import Index
+from flagtree.ir.program import Kernel, Program
+
+_KEYS = 64  # a tile's, where no schedule says
+
+
+def sizes(program: Program, form: Form) -> list[dict[str, int]]:
+    """Two settings: the low ends, and a few tokens over a little more keys than one tile holds."""
+    q, k, _, *further = operands(program, form)
+    tile = _tile(program)
+    if form.kind == PACKED:
+        small, more = {"tokens": 1, "keys": 1, "edges": 2}, {"tokens": tile + 5, "keys": tile + 5, "edges": 4}
+        roles = {"tokens": q.shape[0], "keys": k.shape[0], "edges": further[0].shape[0]}
+    else:
+        small, more = {"batch": 1, "tokens": 1, "keys": 1}, {"batch": 2, "tokens": 3, "keys": tile + 3}
+        roles = {"batch": q.shape[0], "tokens": q.shape[2], "keys": k.shape[2]}
+    return [_setting(program, roles, wanted) for wanted in (small, more)]
+
+
+def _setting(program: Program, roles: Mapping[str, Index], wanted: Mapping[str, int]) -> dict[str, int]:
+    """The wanted sizes within each symbol's range; as many keys as tokens at least."""
+    out = {}
+    for symbol in program.symbols:
+        value = max((n for role, n in wanted.items() if roles[role] == Index.of(symbol.name)), default=1)
+        fitting = max(1, symbol.lo, value)
+        out[symbol.name] = min(-(-fitting // symbol.multiple), symbol.hi // symbol.multiple) * symbol.multiple
+    tokens, keys = (roles[r].evaluate(out) for r in ("tokens", "keys"))
+    for symbol in program.symbols:
+        if roles["keys"] == Index.of(symbol.name) and keys < tokens:
+            out[symbol.name] = -(-tokens // symbol.multiple) * symbol.multiple
+    return out
+
+
+def _tile(program: Program) -> int:
+    kernel = program.steps[0]
+    assert isinstance(kernel, Kernel)
+    return dict(kernel.schedule.tiles)[kernel.schedule.loop[0]] if kernel.schedule is not None else _KEYS
+
+
+def told(program: Program, form: Form, symbols: Mapping[str, int]) -> tuple[str, int, bool] | None:
+    """The buffer that says which keys a row sees, the largest of its integers (the least is 0), and whether they ascend."""
+    q, k, _, *further = operands(program, form)
+    if form.operands == 3:
+        return None
+    tokens, keys = (b.shape[0 if form.kind == PACKED else 2].evaluate(symbols) for b in (q, k))
+    return further[0].name, keys if form.kind in (FULL, PACKED) else max(0, keys - tokens), form.kind == PACKED

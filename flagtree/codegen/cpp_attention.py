@@ -1,0 +1,108 @@
+"""C++ for the attention that `ir.attention` writes down: the keys are walked once in blocks, for up to ROWS rows that share a key head.
+
+Each form says of a row which keys it sees, from one to another; the work is in templates/cpp_attention.h.  `cpp.py` calls this for a
+kernel whose numerics leave roundings inside it free; bits are equal at every level (docs/cpu.md).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flagtree.codegen import cpp_ops as ops
+from flagtree.errors import CodegenError
+from flagtree.ir import attention
+from flagtree.ir.attention import Form, group_of
+from flagtree.ir.index import Index
+from flagtree.ir.program import Buffer, Program
+
+ROWS = 32  # rows of an instance: their sums stay in the second-level cache, and a key is read once for all of them
+_PARTIALS = 16
+_STEP = {"f32": _PARTIALS, "bf16": 2 * _PARTIALS}  # elements that one step along a head takes
+
+
+def context(program: Program) -> dict[str, Any]:
+    """What templates/cpp_kernel.cpp.j2 needs, apart from names.  CodegenError for a kernel that is no such attention."""
+    form = attention.form_of(program)
+    if form is None or (dtype := program.buffers[-1].dtype) not in _STEP:
+        raise CodegenError("only attention over f32 and bf16 leaves its roundings free", where=program.name)
+    q, k, v, *where, out = attention.operands(program, form)
+    packed = form.kind == attention.PACKED
+    group, key_heads = group_of(q, k), k.shape[1]
+    tokens, sequences = (q.shape[0], Index.of(1)) if packed else (q.shape[2], q.shape[0])
+    width, step = v.shape[-1].constant or 0, _STEP[dtype]
+    symbols = [f"const i64 {s.name} = symbols[{n}];" for n, s in enumerate(program.symbols)]
+    keys = k.shape[0] if packed else k.shape[2]
+    blocks = f"(({tokens}) * {group} + {ROWS - 1}) / {ROWS}"
+    return {
+        "widest": 4, "partials": _PARTIALS, "clean_nans": 0, "symbols": symbols, "after": [], "decode": [], "advance": [], "threads": True,
+        "definitions": [
+            f"#define ELEMENT {ops.memory(dtype)}", f"#define TILE_DEPTH {step}", f"#define PART part_{dtype}",
+            f"#define STORE_STEP store_step_{dtype}", f"#define SCALE {form.scale!r}f", f"#define ROWS {ROWS}",
+            f"#define DEPTH {q.shape[-1]}", f"#define WIDTH {width}", f"#define WIDTH_PADDED {-(-width // step) * step}",
+        ],
+        "head": [
+            *(f"const ELEMENT *const {n} = (const ELEMENT *)buffers[{_place(program, b)}];" for n, b in zip("qkv", (q, k, v), strict=True)),
+            *(f"const {ops.memory(b.dtype)} *const where = (const {ops.memory(b.dtype)} *)buffers[{_place(program, b)}];" for b in where),
+            f"ELEMENT *const out = (ELEMENT *)buffers[{_place(program, out)}];",
+            *symbols,
+            f"const i64 tokens = {tokens}, keys = {keys}, blocks = {blocks};",
+        ],
+        "body": _body(form, group, key_heads, (q, k, v, *where, out)),
+        "count": f"{blocks} * ({key_heads}) * ({sequences})", "work": f"({tokens}) * ({q.shape[1]}) * ({sequences}) * ({keys}) * {width}",
+    }  # fmt: skip
+
+
+def _place(program: Program, buffer: Buffer) -> int:
+    return program.buffers.index(buffer)
+
+
+def _body(form: Form, group: int, key_heads: Index, buffers: tuple[Buffer, ...]) -> list[str]:
+    """One instance: which rows it has, what each sees, and the call."""
+    q, k, v, *where, out = buffers
+    packed = form.kind == attention.PACKED
+    q_at, out_at = (_offset(b.layout, ("token", "head") if packed else order) for b, order in
+                    ((q, ("sequence", "head", "token")), (out, ("sequence", "token", "head"))))  # fmt: skip
+    k_at, v_at = (_offset(b.layout, (None, "key_head") if packed else ("sequence", "key_head")) for b in (k, v))
+    k_row, v_row = (b.layout[0 if packed else 2] for b in (k, v))
+    return [
+        f"const i64 block = row % blocks, key_head = row / blocks % ({key_heads}), sequence = row / blocks / ({key_heads});",
+        "const ELEMENT *queries[ROWS];",
+        "ELEMENT *results[ROWS];",
+        "i64 seen_from[ROWS], seen_to[ROWS], held = 0;",
+        f"for (i64 place = block * ROWS; place < (block + 1) * ROWS && place < tokens * {group}; ++place, ++held) {{",
+        f"  const i64 token = place / {group}, head = key_head * {group} + place % {group};",
+        *(f"  {line}" for line in _seen(form, where)),
+        "  seen_to[held] = seen_to[held] < keys ? seen_to[held] : keys;",
+        f"  queries[held] = q + {q_at};",
+        f"  results[held] = out + {out_at};",
+        "}",
+        "// whole tiles: rows that see nothing and are not stored",
+        "for (; held % 4; ++held) queries[held] = queries[held - 1], results[held] = 0, seen_from[held] = seen_to[held] = 0;",
+        f"attend_rows(queries, k + {k_at}, {k_row}, v + {v_at}, {v_row}, seen_from, seen_to, held, results);",
+    ]
+
+
+def _seen(form: Form, where: list[Buffer]) -> list[str]:
+    """The keys seen_from[held]..seen_to[held]-1 that a token sees."""
+    if form.kind == attention.FULL:
+        return [f"seen_from[held] = 0, seen_to[held] = {_element(where[0], 'sequence') if where else 'keys'};"]
+    if form.kind == attention.CACHED:
+        first = f"seen_from[held] = {f'seen_to[held] > {form.window} ? seen_to[held] - {form.window} : 0' if form.window else '0'};"
+        return [f"seen_to[held] = {_element(where[0], 'sequence')} + token + 1;", first]
+    low_bound = _element(where[0], "low")
+    return [
+        f"const i64 bounds = {where[0].shape[0]};",
+        "i64 low = 0;  // the first bound behind the token",
+        f"for (i64 high = bounds, middle; low < high; {_element(where[0], 'middle')} <= token ? low = middle + 1 : high = middle) "
+        "middle = (low + high) / 2;",
+        "seen_from[held] = seen_to[held] = 0;",
+        f"if (low > 0 && low < bounds) seen_to[held] = {'token + 1' if form.causal else low_bound}, --low, seen_from[held] = {low_bound};",
+    ]
+
+
+def _element(buffer: Buffer, at: str) -> str:
+    return f"where[{at} * ({buffer.layout[0]})]"
+
+
+def _offset(layout: tuple[Index, ...], along: tuple[str | None, ...]) -> str:
+    return " + ".join(f"{name} * ({stride})" for name, stride in zip(along, layout, strict=False) if name is not None) or "0"

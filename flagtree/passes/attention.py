@@ -1,0 +1,101 @@
+"""Attention as a kernel of our own, for the forms and element types that a target's facts name.
+
+The operator's call becomes the kernel that `ir.attention` writes down, with its tiles; on a GPU it reads `start` and `bounds` on the
+device, so no launch waits for the host.  Runs after fusion: nothing is fused into it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from flagtree.ir import attention
+from flagtree.ir.attention import Form
+from flagtree.ir.program import Buffer, Extern, Kernel, Program, Ref, Repeat, Schedule, Step
+from flagtree.passes.base import Fuel, Refused, Report
+from flagtree.targets.base import Target
+
+WIDTHS = (16, 256)  # elements of a head: below, a matrix instruction is mostly padding; above, a tile does not fit shared memory
+
+
+@dataclass(frozen=True)
+class Attention:
+    """No options."""
+
+    name: ClassVar[str] = "attention"
+    version: ClassVar[int] = 1
+
+    def run(self, program: Program, target: Target, fuel: Fuel | None = None) -> tuple[Program, Report]:
+        report, fuel = Report(self.name), fuel or Fuel()
+
+        def change(step: Step) -> Step:
+            if isinstance(step, Repeat):
+                body = tuple(map(change, step.body))
+                return step if body == step.body else Repeat(step.name, step.count, body, step.bindings)
+            if not isinstance(step, Extern) or step.callee not in attention.OPERATORS or not target.attention:
+                return step
+            found = _kernel(program, step, target)
+            if isinstance(found, str):
+                report.refused.append(Refused((step.name,), found))
+                return step
+            if not fuel.take():
+                return step
+            report.rewrites += 1
+            report.matched.append(step.name)
+            return found
+
+        steps = tuple(map(change, program.steps))
+        return (program.with_(steps=steps) if report.rewrites else program), report
+
+
+def _kernel(program: Program, step: Extern, target: Target) -> Kernel | str:
+    """The kernel in the call's place, or why not."""
+    form, names = _call(step)
+    buffers = tuple(program.buffer(n) for n in (*names, step.outputs[0] or ""))
+    q, k, v, out = *buffers[:3], buffers[-1]
+    case = _case(form, q)
+    if q.dtype not in target.attention.get(case, frozenset()) or not q.dtype == k.dtype == v.dtype == out.dtype:
+        return f"{case} over {q.dtype}: the platform's library"
+    if any(b.layout[-1].constant != 1 for b in (q, k, v, out)) or not out.is_contiguous:
+        return "the elements of a head do not lie side by side"
+    widths = q.shape[-1].constant, v.shape[-1].constant
+    if any(w is None or not WIDTHS[0] <= w <= WIDTHS[1] for w in widths) or not q.shape[1].constant or not k.shape[1].constant:
+        return f"heads of {q.shape[-1]} and {v.shape[-1]} elements"
+    schedule = tiles(form, q, k, v) if target.warp > 1 else None
+    return attention.kernel(form, buffers, step.name, schedule, step.origins, (step.callee,))
+
+
+def _call(step: Extern) -> tuple[Form, tuple[str, ...]]:
+    """The form of a call, and its buffers but the result."""
+    kind = attention.OPERATORS[step.callee]
+    given = dict(step.kwargs)
+    names = tuple(a.buffer for a in step.args if isinstance(a, Ref))
+    scale = float(given.get("scale", step.args[4] if len(step.args) > 4 else 1.0))  # type: ignore[arg-type]
+    further = given.get("window", given.get("causal", step.args[5] if len(step.args) > 5 else 0))
+    if kind == attention.CACHED:
+        return Form(kind, scale, window=int(further)), names  # type: ignore[arg-type]
+    if kind == attention.PACKED:
+        return Form(kind, scale, causal=bool(further)), names
+    return Form(kind, scale, limited=len(names) == 4), names
+
+
+def _case(form: Form, q: Buffer) -> str:
+    """What a target's facts call it (Target.attention)."""
+    if form.kind == attention.CACHED:
+        return "a window" if form.window else "one token" if q.shape[2].constant == 1 else "several tokens"
+    return "packed sequences" if form.kind == attention.PACKED else "some keys" if form.limited else "all keys"
+
+
+def tiles(form: Form, q: Buffer, k: Buffer, v: Buffer) -> Schedule:
+    """Rows (token and query head of a group) and keys that an instance holds: as many as keep its operands within 32 KiB each, the
+    least that a matrix instruction takes where a call has few rows."""
+    width = max(int(b.shape[-1].constant or 0) for b in (q, v))
+    padded = max(16, 1 << (width - 1).bit_length())
+    wide = q.dtype == "f32"
+    rows = 32 if wide else 64
+    columns = max(16, min(64, (32 if wide else 64) * 128 // padded))
+    token = 0 if form.kind == attention.PACKED else 2
+    if (tokens := q.shape[token].constant) is not None:
+        rows = max(16, min(rows, 1 << (tokens * attention.group_of(q, k) - 1).bit_length()))
+    row_axis, key_axis = ("i0", "r1") if form.kind == attention.PACKED else ("i1", "r0")
+    return Schedule(None, tuple(sorted(((row_axis, rows), (key_axis, columns)))), (key_axis,), 4, 1)
