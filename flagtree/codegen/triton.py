@@ -13,13 +13,14 @@ from pathlib import Path
 
 import jinja2
 
-from flagtree.codegen import triton_attention
+from flagtree.codegen import triton_attention, triton_experts
 from flagtree.codegen.triton_body import BodyWriter
 from flagtree.codegen.triton_index import INT32_MAX, IndexText
 from flagtree.codegen.triton_ops import POINTERS, Speller
 from flagtree.codegen.triton_phases import phases
 from flagtree.codegen.triton_tile import Tile, TiledAxis
 from flagtree.errors import CodegenError
+from flagtree.ir import experts
 from flagtree.ir.attention import Form, form_of
 from flagtree.ir.flat import FlatKernel, flatten
 from flagtree.ir.index import ONE, Index
@@ -69,6 +70,8 @@ def generate(program: Program, digest: str, target: Target) -> TritonSource:
         _check_target(program, schedule, target)
         if (form := form_of(program)) is not None:
             return _attention(program, kernel, form, schedule, function)
+        if (product := experts.known(program, kernel)) is not None:
+            return _product(program, kernel, product, schedule, function)
         flat = flatten(program.with_(steps=(replace(kernel, schedule=schedule),)))
         return _write(program, kernel, flat, flat.schedule or schedule, function, schedule.warps * target.warp)
     except CodegenError as e:
@@ -127,6 +130,19 @@ def _signature(program: Program) -> tuple[tuple[str, str], ...]:
     """Pointers, then symbols."""
     pointers = tuple((b.name, POINTERS[b.dtype]) for b in program.buffers)
     return pointers + tuple((s.name, f"i{_symbol_width(s)}") for s in program.symbols)
+
+
+def _product(program: Program, kernel: Kernel, product: experts.Known, schedule: Schedule, function: str) -> TritonSource:
+    """A product of experts, from its template."""
+    helpers: set[str] = set()
+    context = triton_experts.context(program, kernel, product, helpers.add)
+    lines = _environment().get_template("triton_experts.py.j2").render(context).rstrip("\n").split("\n")
+    signature = _signature(program)
+    grid = triton_experts.grid(program, kernel, product)
+    return TritonSource(
+        _module(program, function, signature, lines, helpers), function, signature, tuple(g.to_json() for g in grid), (),  # type: ignore[arg-type]
+        _alignable(program), schedule.warps, schedule.stages, kernel.numerics.fp_contract, schedule.tiles, schedule.loop, False,
+    )  # fmt: skip
 
 
 def _upper(extent: Index, tile: Tile) -> int:

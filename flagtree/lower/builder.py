@@ -124,6 +124,11 @@ class Body:
         self.ops.append(Compute(name := self._name(), dtype, "cast", (value.name,)))
         return Value(self, name, dtype)
 
+    def bitcast(self, value: Value, dtype: str) -> Value:
+        """The same bits as another type of as many."""
+        self.ops.append(Compute(name := self._name(), dtype, "bitcast", (value.name,)))
+        return Value(self, name, dtype)
+
     def op(self, name: str, *args: Operand) -> Value:
         """Any operation of ir/ops.py; literals take the type of the value operands."""
         values = [a for a in args if isinstance(a, Value)]

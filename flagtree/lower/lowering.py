@@ -22,6 +22,7 @@ from flagtree.lower.allocation import without_allocations
 from flagtree.lower.backward import BACKWARD
 from flagtree.lower.builder import Body, NotLowered, Tensor, Value, compute_type
 from flagtree.lower.call import Call, packet_of
+from flagtree.lower.experts import EXPERTS
 from flagtree.lower.externs import effect_of, reason_for, written_operands
 from flagtree.lower.memory import MEMORY
 from flagtree.lower.normalisation import NORMALISATIONS
@@ -30,7 +31,7 @@ from flagtree.lower.reduction import REDUCTIONS
 from flagtree.lower.sizes import Sizes
 
 FROM_TORCH = {getattr(torch, v): k for k, v in TORCH_NAMES.items() if hasattr(torch, v)}
-RULES = {**REDUCTIONS, **NORMALISATIONS, **MEMORY, **BACKWARD}
+RULES = {**REDUCTIONS, **NORMALISATIONS, **MEMORY, **BACKWARD, **EXPERTS}
 # they change a tensor's autograd record, not its values
 NO_OPERATION = frozenset({"aten.detach_", "aten.lift_fresh", "aten.requires_grad_"})
 

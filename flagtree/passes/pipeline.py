@@ -17,6 +17,7 @@ from flagtree.ir.verify import verify
 from flagtree.passes.attention import Attention
 from flagtree.passes.base import Fuel, Pass, Report
 from flagtree.passes.canonicalize import Canonicalize
+from flagtree.passes.expert_products import ExpertProducts
 from flagtree.passes.fuse_pointwise import FusePointwise
 from flagtree.passes.fuse_reduction import FuseReduction
 from flagtree.passes.group_heads import GroupHeads
@@ -26,7 +27,10 @@ from flagtree.passes.small_products import SmallProducts
 from flagtree.passes.split_reduction import SplitReduction
 from flagtree.targets.base import Target
 
-_OURS = (Canonicalize, GroupHeads, Reinplace, FusePointwise, FuseReduction, SmallProducts, SplitReduction, Attention, ScheduleKernels)
+_OURS = (
+    Canonicalize, GroupHeads, Reinplace, FusePointwise, FuseReduction, SmallProducts, ExpertProducts, SplitReduction, Attention,
+    ScheduleKernels,
+)  # fmt: skip
 PASSES: dict[str, type] = {p.name: p for p in _OURS}
 _SPEC = r"([A-Za-z_]\w*)\s*(?:\{([^}]*)\})?\s*(?:,|$)"
 After = Callable[[Pass, Program, Report], None]
@@ -52,6 +56,7 @@ def pipeline(target: Target) -> tuple[Pass, ...]:
         FuseReduction(),     # norms and softmax with what surrounds them
         Canonicalize(),
         SmallProducts(),     # products of few rows as our own kernel
+        ExpertProducts(),    # the products of a mixture of experts, gate included, as our own kernels
         SplitReduction(),    # long sums over rows into partial and final
         Attention(),         # attention as our own kernel, where the target's facts say so
         ScheduleKernels(),   # tiles under the target's limits

@@ -73,6 +73,10 @@ def _route_shape(
     return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)
 
 
+def _told(x: torch.Tensor) -> str:
+    return f"{x.dtype} {tuple(x.shape)}"
+
+
 def _check_experts(
     x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, activation: str
 ) -> None:
@@ -81,12 +85,13 @@ def _check_experts(
     fits = fits and gate_up.shape[0] == down.shape[0] and gate_up.shape[1] == 2 * down.shape[2]
     if not fits or not gate_up.shape[2] == down.shape[1] == x.shape[1] or not x.dtype == gate_up.dtype == down.dtype:
         raise BindError(
-            f"fused_moe: {x.dtype} {tuple(x.shape)}, {gate_up.dtype} {tuple(gate_up.shape)} and {down.dtype} {tuple(down.shape)} do not fit",
+            f"fused_moe: {_told(x)}, {_told(gate_up)} and {_told(down)} do not fit",
             hint="x [T, H], gate_up [E, 2I, H], down [E, H, I], of one type",
         )
-    if ids.ndim != 2 or ids.shape[0] != x.shape[0] or weights.shape != ids.shape or (weights.dtype, ids.dtype) != (torch.float32, torch.int32):
+    typed = (weights.dtype, ids.dtype) == (torch.float32, torch.int32)
+    if not typed or ids.ndim != 2 or ids.shape[0] != x.shape[0] or weights.shape != ids.shape:
         raise BindError(
-            f"fused_moe: weights {weights.dtype} {tuple(weights.shape)} and ids {ids.dtype} {tuple(ids.shape)} do not fit {tuple(x.shape)}",
+            f"fused_moe: weights {_told(weights)} and ids {_told(ids)} do not fit {tuple(x.shape)}",
             hint="weights float32 and ids int32, [T, K] each",
         )
     if activation not in ACTIVATIONS:

@@ -22,6 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from flagtree.errors import BindError
 from flagtree.runtime import attention_variants as attention_variants  # registers the operators without a cache of this form
 from flagtree.runtime import experts as experts  # a mixture of experts,
+from flagtree.runtime import expert_products as expert_products  # the products that it is lowered to
 from flagtree.runtime.attention_variants import grouped
 
 ATTENTION = "flagtree::attention"

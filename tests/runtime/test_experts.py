@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from flagtree.errors import BindError
-from flagtree.runtime import experts, operators as operators
+from flagtree.runtime import experts
+from flagtree.runtime import operators as operators
 
 moe_route, fused_moe = torch.ops.flagtree.moe_route, torch.ops.flagtree.fused_moe
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -62,7 +63,9 @@ def test_ids_agree_with_topk_where_no_two_scores_are_equal() -> None:
     assert torch.equal(ids.long(), chosen) and torch.equal(weights, values)
 
 
-def plain(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, activation: str) -> torch.Tensor:
+def plain(
+    x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, activation: str
+) -> torch.Tensor:
     """Token by token and expert by expert, in float64."""
     half = down.shape[2]
     out = torch.zeros(x.shape, dtype=torch.float64)
@@ -118,16 +121,16 @@ def test_each_is_one_node_of_an_export_with_a_free_number_of_tokens() -> None:
     assert torch.equal(exported.module()(more, routes, gate_up, down), Layer()(more, routes, gate_up, down))
 
 
-BAD_ROUTES = {
-    "of 3": dict(top_k=4), "of 3 ": dict(top_k=0), "unknown scoring 'max'": dict(scoring="max"),
-    "one number an expert": dict(bias=torch.zeros(2)), "floats": dict(logits=torch.zeros(2, 3, dtype=torch.int32)),
+BAD_ROUTES: dict[str, dict] = {
+    "4 experts a token of 3": {"top_k": 4}, "0 experts a token": {"top_k": 0}, "unknown scoring 'max'": {"scoring": "max"},
+    "one number an expert": {"bias": torch.zeros(2)}, "floats": {"logits": torch.zeros(2, 3, dtype=torch.int32)},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("message", BAD_ROUTES)
 def test_a_router_that_cannot_be_is_refused(message: str) -> None:
-    given = dict(logits=torch.zeros(2, 3), bias=None, top_k=1, scoring="softmax", renormalise=True) | BAD_ROUTES[message]
-    with pytest.raises(BindError, match=message.strip()):
+    given = {"logits": torch.zeros(2, 3), "bias": None, "top_k": 1, "scoring": "softmax", "renormalise": True} | BAD_ROUTES[message]
+    with pytest.raises(BindError, match=message):
         moe_route(**given)
 
 

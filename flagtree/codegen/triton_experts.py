@@ -1,0 +1,51 @@
+"""Triton for the products of a mixture of experts (`ir/experts.py`): tiles of one expert's rows by columns, through `tl.dot`.
+
+Invariant: a tile holds rows of one expert; which one follows from the starts alone, so no table of tiles is made or read.
+`triton.py` calls this for a kernel that `known` knows; the work stands in templates/triton_experts.py.j2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from flagtree.codegen.triton_ops import TYPES, Speller, bare
+from flagtree.errors import CodegenError
+from flagtree.ir.bounds import Bounds
+from flagtree.ir.experts import COLUMN, DEPTH, ROW, Known
+from flagtree.ir.index import ONE, Index, floordiv
+from flagtree.ir.program import Compute, Kernel, Program, Store, defined
+
+
+def context(program: Program, kernel: Kernel, found: Known, need: Callable[[str], None]) -> dict[str, Any]:
+    """What the template needs.  CodegenError for a kernel without the tiles of its axes."""
+    tiles = dict(kernel.schedule.tiles) if kernel.schedule is not None else {}
+    if not {ROW, COLUMN, DEPTH} <= tiles.keys():
+        raise CodegenError("the product of experts has no tiles", hint="the pass `expert_products` gives it them")
+    columns, experts, depth = (kernel.axes[k].extent.constant for k in (1, 2, 3))
+    assert columns is not None and experts is not None and depth is not None
+    product = found.product
+    dtypes = {n: op.dtypes[k] if hasattr(op, "dtypes") else op.dtype for op in kernel.body for k, n in enumerate(defined(op))}  # type: ignore[union-attr]
+    speller = Speller(dtypes, need)
+    after = [f"{op.name} = {bare(speller.compute(op))}" for op in found.after if isinstance(op, Compute) and op.op != "mod"]
+    store = found.after[-1]
+    assert isinstance(store, Store)
+    return {
+        "b": found.names, "out": store.access.buffer, "value": store.value, "type": TYPES[program.buffer(store.access.buffer).dtype],
+        "up": product.up, "top_k": product.top_k, "parts": range(product.parts), "sums": found.sums, "inner": columns,
+        "wide": columns * product.parts, "experts": experts, "depth": depth, "lanes": 1 << (experts - 1).bit_length(),
+        "rows": tiles[ROW], "columns": tiles[COLUMN], "step": tiles[DEPTH], "after": after,
+        "precision": ', input_precision="ieee"' if product.dtype == "f32" else "",
+    }  # fmt: skip
+
+
+def grid(program: Program, kernel: Kernel, found: Known) -> tuple[Index, Index, Index]:
+    """Instances: tiles of rows times tiles of columns.  Each expert ends in at most one tile that is not full, and no tile is empty."""
+    assert kernel.schedule is not None
+    tiles = dict(kernel.schedule.tiles)
+    rows, experts = kernel.axes[0].extent, kernel.axes[2].extent
+    full = floordiv(rows, Index.of(tiles[ROW])) + experts
+    bounds = Bounds({s.name: (s.lo, s.hi) for s in program.symbols}, {})
+    high = rows if bounds.nonnegative(full - rows) else full
+    across = -(-(kernel.axes[1].extent.constant or 1) // tiles[COLUMN])
+    return high * across, ONE, ONE

@@ -1,0 +1,106 @@
+"""The products of a mixture of experts as kernels: rows sorted by expert times that expert's weights, with what follows for each element.
+
+Invariant: the body says it all (which expert, which rows, the sums, the roundings), so that the interpreter, the digest and the counted
+bytes need nothing else; code generation for GPUs knows the body again (`known`) and writes tiles.  `passes/expert_products.py` makes it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flagtree.ir.dtypes import DTYPES
+from flagtree.ir.index import Index
+from flagtree.ir.program import Access, Axis, BodyOp, Compute, IndexValue, Kernel, Load, Program, Reduce, Store
+
+ROW, COLUMN, EXPERT, DEPTH = "i0", "i1", "r0", "r1"  # the axes of every such kernel
+DTYPES_OF = frozenset({"f32", "f16", "bf16"})
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """`up`: row i0 is token order[i0] // top_k of x, else row i0 of x, whose result goes to place order[i0].  `parts`: the columns of w
+    that one column of the result takes are i1, i1 + inner, … (the gate and what it gates: two)."""
+
+    up: bool
+    dtype: str
+    top_k: int
+    inner: int
+    parts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """The buffers of a product: order i32 [N], starts i32 [E + 1], x, w [E, parts * inner, K]."""
+
+    starts: str
+    order: str
+    x: str
+    w: str
+
+
+def axes(rows: Index, columns: Index, experts: Index, depth: Index) -> tuple[Axis, ...]:
+    """The domain: rows sorted by expert, columns of the result; reduced over experts and over the depth."""
+    return Axis(ROW, rows), Axis(COLUMN, columns), Axis(EXPERT, experts, "reduce"), Axis(DEPTH, depth, "reduce")
+
+
+def sums(product: Product, names: Names) -> tuple[tuple[BodyOp, ...], tuple[str, ...], Index]:
+    """(body, the f32 sums that it ends in, the row's choice order[i0] as an index).  The row's expert is the number of experts that end
+    before or at it."""
+    body: list[BodyOp] = [
+        Load("v0", "i32", Access(names.starts, (Index.of(EXPERT) + 1,))),
+        IndexValue("v1", "i32", Index.of(ROW)),
+        Compute("v2", "b1", "le", ("v0", "v1")),
+        Compute("v3", "i32", "cast", ("v2",)),
+        Reduce(("v4",), ("i32",), "sum", ("v3",), (EXPERT,)),
+        Load("v5", "i32", Access(names.order, (Index.of(ROW),))),
+        Compute("v6", "i32", "floordiv", ("v5", product.top_k)),
+    ]
+
+    def add(op: type[Load] | type[Compute], dtype: str, *rest: object) -> str:
+        body.append(op(name := f"v{len(body)}", dtype, *rest))  # type: ignore[arg-type]
+        return name
+
+    def wide(name: str) -> str:
+        return name if product.dtype == "f32" else add(Compute, "f32", "cast", (name,))
+
+    row = Index.of("v6") if product.up else Index.of(ROW)
+    x = wide(add(Load, product.dtype, Access(names.x, (row, Index.of(DEPTH)))))
+    found = []
+    for part in range(product.parts):
+        column = Index.of(COLUMN) + part * product.inner
+        w = wide(add(Load, product.dtype, Access(names.w, (Index.of("v4"), column, Index.of(DEPTH)))))
+        term = add(Compute, "f32", "mul", (x, w))
+        body.append(Reduce((name := f"v{len(body)}",), ("f32",), "sum", (term,), (DEPTH,)))
+        found.append(name)
+    return tuple(body), tuple(found), Index.of("v5")
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A product read back from a kernel: `after` follows the sums, for each element of the result."""
+
+    product: Product
+    names: Names
+    sums: tuple[str, ...]
+    after: tuple[BodyOp, ...]
+
+
+def known(program: Program, kernel: Kernel) -> Known | None:
+    """The product that a kernel with canonical names is, or None."""
+    loads = kernel.loads
+    if not kernel.numerics.fp_contract or len(loads) < 4 or [a.name for a in kernel.axes] != [ROW, COLUMN, EXPERT, DEPTH]:
+        return None
+    names = Names(*(op.access.buffer for op in loads[:4]))
+    divisor = next((op.args[1] for op in kernel.body if isinstance(op, Compute) and op.op == "floordiv"), None)
+    inner = kernel.axes[1].extent.constant
+    if not isinstance(divisor, int) or isinstance(divisor, bool) or inner is None:
+        return None
+    up = loads[2].access.index[0] != Index.of(ROW)
+    product = Product(up, program.buffer(names.x).dtype, divisor, inner, len(loads) - 3)
+    if product.dtype not in DTYPES_OF or not DTYPES[product.dtype].is_float:
+        return None
+    body, found, _ = sums(product, names)
+    after = kernel.body[len(body):]
+    if kernel.body[: len(body)] != body or not all(isinstance(op, Compute | Store) for op in after):
+        return None
+    return Known(product, names, found, after)
