@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from flagtree.runtime import operators as operators  # registers torch.ops.flagtree.*
 from flagtree.runtime.compile import backend
 
 # tokens, experts, experts a token, hidden, inner

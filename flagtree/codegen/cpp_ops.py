@@ -10,14 +10,14 @@ import math
 import struct
 
 from flagtree.errors import CodegenError
-from flagtree.ir.dtypes import DTYPES
+from flagtree.ir.dtypes import DTYPES, round_e4m3
 from flagtree.ir.program import Scalar
 
 REGISTERS = {
-    "f32": "f32", "bf16": "f32", "f16": "f32", "f64": "f64",
+    "f32": "f32", "bf16": "f32", "f16": "f32", "f8e4m3fn": "f32", "f64": "f64",
     "b1": "i32", "i8": "i32", "u8": "i32", "i16": "i32", "i32": "i32", "i64": "i64",
 }  # fmt: skip
-MEMORY = {"b1": "u8", "bf16": "u16", "f16": "u16"}  # element types in memory that differ from the dtype's name
+MEMORY = {"b1": "u8", "bf16": "u16", "f16": "u16", "f8e4m3fn": "u8"}  # element types in memory that differ from the dtype's name
 
 BINARY = {"add": "+", "sub": "-", "mul": "*", "div": "/", "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=",
           "and": "&", "or": "|", "xor": "^"}  # fmt: skip
@@ -43,6 +43,7 @@ BITCASTS = {
     ("f32", "i32"): "bits({0})", ("i32", "f32"): "floats({0})", ("f64", "i64"): "bits64({0})", ("i64", "f64"): "floats64({0})",
     ("bf16", "i16"): "bits({0}) >> 16", ("i16", "bf16"): "floats({0} << 16)",
     ("f16", "i16"): "widen_i16((i16v)narrow_f16({0}))", ("i16", "f16"): "widen_f16((u16v)narrow_i16({0}))",
+    ("f8e4m3fn", "u8"): "widen_u8(narrow_f8e4m3fn({0}))", ("u8", "f8e4m3fn"): "widen_f8e4m3fn(narrow_u8({0}))",
     ("i8", "u8"): "wrap_u8({0})", ("u8", "i8"): "wrap_i8({0})",
 }  # fmt: skip
 
@@ -59,6 +60,8 @@ def memory(dtype: str) -> str:
 
 def round_to(value: float, dtype: str) -> float:
     """A literal rounded to `dtype` as PyTorch rounds it (double to f32, then to the half type)."""
+    if dtype == "f8e4m3fn":
+        return round_e4m3(value)
     if not math.isfinite(value) or dtype == "f64":
         return value
     try:
@@ -103,7 +106,7 @@ def splat(value: Scalar, dtype: str) -> str:
 
 def rounded(text: str, dtype: str) -> str:
     """`text`, of the register type of `dtype`, rounded or wrapped to it."""
-    if dtype in ("bf16", "f16"):
+    if dtype in ("bf16", "f16", "f8e4m3fn"):
         return f"round_{dtype}({text})"
     return f"wrap_{dtype}({text})" if dtype in ("i8", "u8", "i16") else text
 
@@ -119,7 +122,7 @@ def cast(text: str, source: str, target: str) -> str:
     a, b = register(source), register(target)
     if a != b:
         text = f"to_{b}({text})"
-    exact = (source in ("bf16", "f16") and target == "f32") or source == "b1" or (source in ("i8", "u8") and target in ("i16", "f16"))
+    exact = source == "f8e4m3fn" or (source in ("bf16", "f16") and target == "f32") or source == "b1" or (source in ("i8", "u8") and target in ("i16", "f16"))
     return text if exact else rounded(text, target)
 
 

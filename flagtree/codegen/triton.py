@@ -16,7 +16,7 @@ import jinja2
 from flagtree.codegen import triton_attention, triton_experts
 from flagtree.codegen.triton_body import BodyWriter
 from flagtree.codegen.triton_index import INT32_MAX, IndexText
-from flagtree.codegen.triton_ops import POINTERS, Speller
+from flagtree.codegen.triton_ops import CONVERSIONS, POINTERS, Speller
 from flagtree.codegen.triton_phases import phases
 from flagtree.codegen.triton_tile import Tile, TiledAxis
 from flagtree.errors import CodegenError
@@ -93,7 +93,7 @@ def _attention(program: Program, kernel: Kernel, form: Form, schedule: Schedule,
 
 def _check_target(program: Program, schedule: Schedule, target: Target) -> None:
     for buffer in program.buffers:
-        if target.dtypes and buffer.dtype not in target.dtypes:
+        if target.dtypes and buffer.dtype not in target.dtypes | {"f8e4m3fn"}:  # a byte, converted by integer arithmetic
             raise CodegenError(f"{target.name} has no type {buffer.dtype}", where=buffer.name)
     if schedule.warps * target.warp > target.max_threads:
         raise CodegenError(
@@ -261,6 +261,7 @@ def _header(program: Program, function: str, signature: tuple[tuple[str, str], .
 
 
 def _module(program: Program, function: str, signature: tuple[tuple[str, str], ...], body: list[str], helpers: set[str]) -> str:
+    helpers = helpers | {name for name in CONVERSIONS if any(f"{name}(" in line for line in body)}
     return _environment().get_template("triton_kernel.py.j2").render(
         **_header(program, function, signature), helpers=[helper_functions()[n] for n in with_callees(helpers)], body=body or ["pass"]
     )

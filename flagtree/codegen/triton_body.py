@@ -102,7 +102,9 @@ class BodyWriter:
         arguments = [self.pointer(op.access, shape)]
         stored = self.memory[op.access.buffer]
         if masks:
-            other = literal(0 if op.other is None else op.other, "f32" if DTYPES[stored].is_float and DTYPES[stored].bits < 64 else stored)
+            floats = DTYPES[stored].is_float and DTYPES[stored].bits < 64 and stored != "f8e4m3fn"
+            filled = "f32" if floats else stored
+            other = literal(0 if op.other is None else op.other, filled)
             arguments += [f"mask={' & '.join(masks)}", f"other={other if stored != 'b1' else int(bool(op.other))}"]
         text = f"tl.load({', '.join(arguments)})"
         self.emit(f"{op.name} = {text} != 0" if stored == "b1" else f"{op.name} = {text}")

@@ -11,21 +11,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from flagtree.errors import CodegenError
-from flagtree.ir.dtypes import DTYPES
+from flagtree.ir.dtypes import DTYPES, round_e4m3
 from flagtree.ir.ops import OPS
 from flagtree.ir.program import Arg, Compute, Scalar
 
-# in registers; a bool is an i1
+# in registers; a bool is an i1.  e4m3fn is its byte, converted by integer arithmetic: Triton has the type only from compute capability 8.9
+# on, its release 3.1 not for 8.0, AMD's and MetaX's chips not at all
 TYPES: dict[str, str] = {
     "b1": "tl.int1", "u8": "tl.uint8", "i8": "tl.int8", "i16": "tl.int16", "i32": "tl.int32", "i64": "tl.int64",
     "f16": "tl.float16", "bf16": "tl.bfloat16", "f32": "tl.float32", "f64": "tl.float64",
-    "f8e4m3fn": "tl.float8e4nv", "f8e5m2": "tl.float8e5",
+    "f8e4m3fn": "tl.uint8", "f8e5m2": "tl.float8e5",
 }  # fmt: skip
 # in memory; a bool is one byte
 POINTERS: dict[str, str] = {
     "b1": "*i8", "u8": "*u8", "i8": "*i8", "i16": "*i16", "i32": "*i32", "i64": "*i64",
-    "f16": "*fp16", "bf16": "*bf16", "f32": "*fp32", "f64": "*fp64", "f8e4m3fn": "*fp8e4nv", "f8e5m2": "*fp8e5",
+    "f16": "*fp16", "bf16": "*bf16", "f32": "*fp32", "f64": "*fp64", "f8e4m3fn": "*u8", "f8e5m2": "*fp8e5",
 }  # fmt: skip
+CONVERSIONS = ("f8e4m3fn_of", "f8e4m3fn_value")  # functions of templates/triton_math.py.j2 that `cast` and `literal` call
 _SMALLEST_F32 = 2.0**-126  # triton.language types a literal below it, or above the largest f32, as f64
 _LARGEST_F32 = 3.4028234663852886e38
 
@@ -42,6 +44,8 @@ def working_type(dtype: str) -> str:
 def literal(value: Scalar, dtype: str) -> str:
     """A constant of exactly that type, whatever rule the Triton release has for literals."""
     d = DTYPES[dtype]
+    if dtype == "f8e4m3fn":
+        return f"tl.full((), {_e4m3_byte(float(value))}, tl.uint8)"
     if d.is_float:
         x = float(value)
         text = f'float("{x}")' if math.isinf(x) or math.isnan(x) else repr(x)
@@ -56,10 +60,23 @@ def literal(value: Scalar, dtype: str) -> str:
     return str(int(value)) if dtype == "i32" else f"tl.full((), {int(value)}, {TYPES[dtype]})"
 
 
+def _e4m3_byte(value: float) -> int:
+    number = round_e4m3(value)
+    if math.isnan(number):
+        return 127
+    fraction, exponent = math.frexp(abs(number))
+    byte = int(abs(number) * 512) if abs(number) < 2**-6 else (exponent + 6 << 3) + int(fraction * 16) - 8
+    return byte | (128 if math.copysign(1.0, number) < 0 else 0)
+
+
 def cast(text: str, source: str, to: str) -> str:
     """Value conversion as ATen does it: round to nearest even, floats truncate to integers, anything but zero is true."""
     if source == to:
         return text
+    if source == "f8e4m3fn":
+        return cast(f"f8e4m3fn_value({text})", "f32", to)
+    if to == "f8e4m3fn":
+        return f"f8e4m3fn_of({cast(text, source, 'f32')})"
     if to == "b1":
         return f"({text} != {literal(0, source)})"
     narrow = DTYPES[source].is_float and DTYPES[to].is_float and DTYPES[source].bits == DTYPES[to].bits == 16
@@ -71,7 +88,8 @@ def cast(text: str, source: str, to: str) -> str:
 
 def _postfix(text: str) -> str:
     """`text` so that a method call may follow it."""
-    return text if text.isidentifier() or closed(text) or text.startswith("tl.") else f"({text})"
+    whole = text.isidentifier() or closed(text) or text.startswith(("tl.", *(f"{name}(" for name in CONVERSIONS)))
+    return text if whole else f"({text})"
 
 
 def closed(text: str) -> bool:

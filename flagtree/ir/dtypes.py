@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -59,3 +60,12 @@ def opmath(dtype: str) -> str:
     """The type in which ATen computes one op on `dtype` (`at::opmath_type`): f32 for the half-width floats."""
     d = DTYPES[dtype]
     return "f32" if d.is_float and d.bits < 32 else dtype
+
+
+def round_e4m3(value: float) -> float:
+    """The nearest of e4m3fn's numbers: 4 significant bits, the last at least 2^-9, ties to even.  What lies beyond 448 becomes 448,
+    infinity too, as in PyTorch: the format has none (OCP 8-bit Floating Point Specification, revision 1.0, saturating mode)."""
+    if math.isnan(value) or abs(value) >= 448:
+        return math.nan if math.isnan(value) else math.copysign(448.0, value)
+    quantum = 2.0 ** max(math.frexp(value)[1] - 4, -9)
+    return math.copysign(round(value / quantum) * quantum, value)

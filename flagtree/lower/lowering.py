@@ -27,11 +27,12 @@ from flagtree.lower.externs import effect_of, reason_for, written_operands
 from flagtree.lower.memory import MEMORY
 from flagtree.lower.normalisation import NORMALISATIONS
 from flagtree.lower.pointwise import KEPT_OPERANDS, POINTWISE, REFUSED_OVERLOADS
+from flagtree.lower.quantise import QUANTISATION
 from flagtree.lower.reduction import REDUCTIONS
 from flagtree.lower.sizes import Sizes
 
 FROM_TORCH = {getattr(torch, v): k for k, v in TORCH_NAMES.items() if hasattr(torch, v)}
-RULES = {**REDUCTIONS, **NORMALISATIONS, **MEMORY, **BACKWARD, **EXPERTS}
+RULES = {**REDUCTIONS, **NORMALISATIONS, **MEMORY, **BACKWARD, **EXPERTS, **QUANTISATION}
 # they change a tensor's autograd record, not its values
 NO_OPERATION = frozenset({"aten.detach_", "aten.lift_fresh", "aten.requires_grad_"})
 

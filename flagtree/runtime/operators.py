@@ -1,7 +1,7 @@
 """The torch operators `torch.ops.flagtree.*` that captured graphs, launch lists and eager programs share.
 
 Invariant: no kernel here reads a cache row beyond `start + S`, so whatever lies there (NaN included) never reaches a result.
-Imports nothing but torch, our errors and attention_variants.py; importing the module registers the operators, once a process.
+Imports nothing but torch, our errors and the modules of further operators; importing it registers all of them, once a process.
 
     flagtree::attention   writes this call's keys and values into the cache in place, then attends over the cache
     flagtree::attend      the second half alone, for programs whose cache write is a kernel of their own
@@ -21,8 +21,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from flagtree.errors import BindError
 from flagtree.runtime import attention_variants as attention_variants  # registers the operators without a cache of this form
-from flagtree.runtime import experts as experts  # a mixture of experts,
-from flagtree.runtime import expert_products as expert_products  # the products that it is lowered to
+from flagtree.runtime import expert_products as expert_products  # the products of a mixture of experts,
+from flagtree.runtime import experts as experts  # the whole of it,
+from flagtree.runtime import quantised as quantised  # and quantisation
 from flagtree.runtime.attention_variants import grouped
 
 ATTENTION = "flagtree::attention"

@@ -1,6 +1,6 @@
 // Vector types of W lanes, conversions between register types, and memory access.
 // A fragment starts at "//@ names it defines"; codegen/cpp_prelude.py copies those that a kernel names, in this order.
-// Register types: f32v holds f32, bf16 and f16; i32v holds i32, narrower integers and b1 (-1 true, 0 false); i64v; f64v.
+// Register types: f32v holds f32, bf16, f16 and f8e4m3fn; i32v holds i32, narrower integers and b1 (-1 true, 0 false); i64v; f64v.
 //@ base
 typedef signed char i8; typedef unsigned char u8; typedef short i16; typedef unsigned short u16;
 typedef int i32; typedef unsigned u32; typedef long long i64; typedef unsigned long long u64;
@@ -140,6 +140,30 @@ INLINE f32v round_f16(f32v x) {
   u32v r = a < 0x38800000 ? tiny : a > 0x7f800000 ? a | 0x400000 : normal;
   return (f32v)(r | sign);
 #endif
+}
+//@ round_f8e4m3fn
+// to the nearest of 4 significant bits, ties to even, kept as f32: by integers where the result is normal, by adding 2^14 (whose last
+// bit is 2^-9, the smallest e4m3) where it is subnormal; 448 for all that lies beyond, infinity too: the format has none
+INLINE f32v round_f8e4m3fn(f32v x) {
+  u32v u = (u32v)x, sign = u & 0x80000000, a = u ^ sign;
+  u32v normal = (a + 0x7ffff + (a >> 20 & 1)) & 0xfff00000;
+  normal = a > 0x7f800000 ? a | 0x400000 : normal > 0x43e00000 ? 0x43e00000 - u32v{} : normal;
+  u32v tiny = (u32v)((f32v)a + 16384.0f - 16384.0f);
+  return (f32v)((a < 0x3c800000 ? tiny : normal) | sign);
+}
+//@ widen_f8e4m3fn
+INLINE f32v widen_f8e4m3fn(u8v x) {
+  u32v h = __builtin_convertvector(x, u32v), a = h & 0x7f;
+  u32v tiny = (u32v)((f32v)(a | 0x46800000) - 16384.0f);  // 2^14 + a * 2^-9, less 2^14
+  u32v r = a < 8 ? tiny : a == 0x7f ? 0x7fc00000 - u32v{} : (a << 20) + 0x3c000000;
+  return (f32v)(r | (h ^ a) << 24);
+}
+//@ narrow_f8e4m3fn
+INLINE u8v narrow_f8e4m3fn(f32v x) {
+  u32v u = (u32v)x, a = u & 0x7fffffff, sign = (u ^ a) >> 24;
+  u32v tiny = (u32v)((f32v)a + 16384.0f) & 7;
+  u32v r = a < 0x3c800000 ? tiny : a > 0x43e00000 ? 0x7f - u32v{} : (a - 0x3c000000) >> 20;
+  return __builtin_convertvector(r | sign, u8v);
 }
 //@ unsigned_of
 // 16 bits to 32; the compiler would split the widest vector in halves
