@@ -122,7 +122,9 @@ def cast(text: str, source: str, target: str) -> str:
     a, b = register(source), register(target)
     if a != b:
         text = f"to_{b}({text})"
-    exact = source == "f8e4m3fn" or (source in ("bf16", "f16") and target == "f32") or source == "b1" or (source in ("i8", "u8") and target in ("i16", "f16"))
+    narrow = source in ("i8", "u8") and target in ("i16", "f16")
+    wider = (source in ("bf16", "f16") and target == "f32") or (source == "f8e4m3fn" and DTYPES[target].is_float)
+    exact = source == "b1" or wider or narrow
     return text if exact else rounded(text, target)
 
 
