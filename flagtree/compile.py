@@ -22,9 +22,9 @@ from flagtree.artifact.files import writing
 from flagtree.artifact.key import KeyFactors
 from flagtree.artifact.store import Store
 from flagtree.artifact.trust import record_built
-from flagtree.capture.model_spec import PARTS, ModelSpec, load_spec, spec_key
+from flagtree.capture.model_spec import ModelSpec, load_spec, spec_key
 from flagtree.check.report import BundleReport, CompileReport
-from flagtree.errors import BundleError, StoreError, UnknownName
+from flagtree.errors import BundleError, StoreError
 from flagtree.progress import SILENT, Progress
 from flagtree.settings import settings
 from flagtree.targets import find_target
@@ -54,10 +54,9 @@ def compile_model(
     """
     spec = load_spec(model)
     spec = spec if layers is None else spec.with_depth(layers)
-    chosen = tuple(dict.fromkeys(parts or PARTS))
+    chosen = tuple(dict.fromkeys(parts or spec.part_names))
     for part in chosen:
-        if part not in PARTS:
-            raise UnknownName("part", part, PARTS)
+        spec.bounds(part)
     if out is not None and out.suffix == SUFFIX and len(targets) > 1:
         raise BundleError("one file cannot hold the bundles of several targets", where=str(out), hint="name a folder with --out")
     job = _Job(spec, chosen, dtype, jobs or settings.jobs, progress)

@@ -6,169 +6,99 @@ Read by the command line and `capture/model.py`; imports neither torch nor trans
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib.metadata
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from flagtree.capture.architectures import VISION_SIZES, architecture
+from flagtree.capture.published import from_config
+from flagtree.capture.spec_fields import Bounds, Bridge, Card, Element, Parts, Quantisation, Recipe, Record
 from flagtree.capture.spec_file import SpecFile, read_spec_file
+from flagtree.capture.spec_rules import LARGEST_DEPTH, check_config, named, text_config
 from flagtree.errors import CaptureError, UnknownName
 
-PARTS = ("prefill", "decode")
+PARTS = ("prefill", "decode", "vision")
 DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}  # the IR's short names and torch's
-Size = Annotated[int, Field(ge=1, lt=2**31, strict=True)]
-
-# without these a configuration is not a description: transformers would fill in another model's numbers
-REQUIRED_CONFIG = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "max_position_embeddings",
-    "tie_word_embeddings",
-)
 
 
-class _Record(BaseModel):
-    """Frozen, and an unknown field is an error that lists the closest known ones."""
+class ModelSpec(Record):
+    """One model.  `config` holds the fields of the published config.json; `serving` holds vLLM's arguments with underscores.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_fields(cls, data: Any) -> Any:
-        for field in data if isinstance(data, dict) else ():
-            if field not in cls.model_fields:
-                known = sorted(cls.model_fields)
-                near = difflib.get_close_matches(str(field), known, n=3, cutoff=0.5)
-                hint = f"closest: {', '.join(near)}" if near else f"known: {', '.join(known)}"
-                raise PydanticCustomError("unknown_field", "unknown field '{field}'", {"field": str(field), "hint": hint})
-        return data
-
-
-class Bounds(_Record):
-    """Inclusive bounds of one part's sizes: sequences in a batch, tokens of one call (1 when absent), rows of the KV cache."""
-
-    batch: tuple[Size, Size]
-    context: tuple[Size, Size]
-    sequence: tuple[Size, Size] | None = None
-
-    @field_validator("batch", "context", "sequence")
-    @classmethod
-    def _ordered(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
-        if value is not None and value[0] > value[1]:
-            raise PydanticCustomError(
-                "bounds", "the lower bound {low} is above the upper bound {high}", {"low": value[0], "high": value[1]}
-            )
-        return value
-
-
-class Parts(_Record):
-    """The graphs a bundle holds."""
-
-    prefill: Bounds
-    decode: Bounds
-
-    @model_validator(mode="after")
-    def _sequences(self) -> Parts:
-        if self.prefill.sequence is None:
-            raise PydanticCustomError("sequence", "prefill needs bounds for 'sequence'", {})
-        if self.decode.sequence is not None:
-            raise PydanticCustomError("sequence", "decode takes one token a sequence: 'sequence' has no place there", {})
-        return self
-
-
-class Recipe(_Record):
-    """`layers` to trace (first, interior, last), decoder layers in one `period` of the repeat, `weights` tensors at full depth."""
-
-    layers: Annotated[int, Field(ge=1, le=64)] = 3
-    period: Literal[1] = 1
-    weights: Size | None = None
-
-
-class Benchmark(_Record):
-    """One row of a card, as shares: `reference` on the vendor's own stack, `published` per target; `questions` gives the interval."""
-
-    name: str
-    reference: Annotated[float, Field(ge=0, le=1)]
-    published: dict[str, float] = {}
-    questions: Size | None = None
-
-
-class Environment(_Record):
-    """What a published card says about one target's machine."""
-
-    driver: str = ""
-    docker: str = ""
-    system: str = ""
-    flagscale: str = ""
-    flaggems: str = ""
-    image: str = ""
-    container: str = ""
-
-
-class Card(_Record):
-    """Inputs of the model card."""
-
-    introduction: str = ""
-    weights: str = ""
-    licence: str = ""
-    benchmarks: tuple[Benchmark, ...] = ()
-    environment: dict[str, Environment] = {}
-
-
-class ModelSpec(_Record):
-    """One model.  `config` holds the fields of the published config.json; `serving` holds vLLM's arguments with underscores."""
+    `dtypes`: element type of weights whose name matches a pattern (shell style), where it is not `dtype`; `inferred`: fields that no
+    public source states, with the reason for their value.
+    """
 
     name: str
     architecture: str
-    dtype: Literal["bfloat16", "float16", "float32"]
+    dtype: Element
     config: dict[str, Any]
     parts: Parts
+    bridge: Bridge | None = None
     capture: Recipe = Recipe()
     aliases: tuple[str, ...] = ()
     title: str = ""
-    sources: dict[str, str] = {}
-    serving: dict[str, Any] = {}
+    dtypes: dict[str, Element] = Field(default={})
+    quantisation: Quantisation | None = None
+    sources: dict[str, str] = Field(default={})
+    inferred: dict[str, str] = Field(default={})
+    serving: dict[str, Any] = Field(default={})
     card: Card = Card()
 
     @field_validator("config")
     @classmethod
-    def _complete(cls, config: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-        for field in REQUIRED_CONFIG:
-            if config.get(field) is None:
-                near = difflib.get_close_matches(field, [str(k) for k in config if k not in REQUIRED_CONFIG], n=1, cutoff=0.75)
-                hint = f"is '{near[0]}' meant to be '{field}'?" if near else "a description is complete: no default is taken from a library"
-                context = {"missing": field, "hint": hint, **({"field": near[0]} if near else {})}
-                raise PydanticCustomError("config_missing", "the field '{missing}' is missing", context)
-            if field != "tie_word_embeddings" and (type(config[field]) is not int or config[field] < 1):
-                raise PydanticCustomError("config_size", "'{field}' must be a positive integer", {"field": field})
-        if config["hidden_size"] % config["num_attention_heads"] and not config.get("head_dim"):
-            raise PydanticCustomError(
-                "config_heads", "'hidden_size' is no multiple of 'num_attention_heads' and 'head_dim' is missing", {"field": "hidden_size"}
-            )
+    def _complete(cls, config: dict[str, Any]) -> dict[str, Any]:
+        check_config(config)
         return config
+
+    @model_validator(mode="after")
+    def _fits(self) -> ModelSpec:
+        kind = architecture(self.architecture).vision
+        if self.parts.vision is not None:
+            if kind is None:
+                message = "{architecture} has no vision tower that is known here"
+                raise PydanticCustomError("vision", message, {"architecture": self.architecture, "field": ("parts", "vision")})  # type: ignore[arg-type]
+            needed, given = VISION_SIZES[kind], tuple(self.parts.vision.sizes)
+            if set(needed) != set(given):
+                context = {"needed": ", ".join(needed), "given": ", ".join(given) or "none", "field": ("parts", "vision")}
+                raise PydanticCustomError("vision", "its vision part needs bounds for {needed}, {given} are given", context)  # type: ignore[arg-type]
+        if self.bridge is not None and self.bridge.width != self.text["hidden_size"]:
+            context = {"width": self.bridge.width, "hidden": self.text["hidden_size"], "field": ("bridge", "width")}
+            raise PydanticCustomError("bridge", "the bridge makes rows of {width}, the text has {hidden}", context)  # type: ignore[arg-type]
+        for field in self.inferred:
+            if not _has(self.config, field):
+                raise PydanticCustomError("inferred", "config has no field '{name}'", {"name": field, "field": ("inferred", field)})  # type: ignore[arg-type]
+        return self
+
+    @property
+    def text(self) -> Mapping[str, Any]:
+        """The fields of the text model: those of `text_config` where the configuration nests them."""
+        return text_config(self.config)
 
     @property
     def depth(self) -> int:
         """Decoder layers of the full model."""
-        return int(self.config["num_hidden_layers"])
+        return int(self.text["num_hidden_layers"])
 
     @property
     def key_heads(self) -> int:
         """Heads of the KV cache."""
-        return int(self.config.get("num_key_value_heads") or self.config["num_attention_heads"])
+        return int(named(self.text, "num_key_value_heads")[1] or self.text["num_attention_heads"])
 
     @property
     def head_width(self) -> int:
         """Elements of one head."""
-        return int(self.config.get("head_dim") or self.config["hidden_size"] // self.config["num_attention_heads"])
+        return int(self.text.get("head_dim") or self.text["hidden_size"] // self.text["num_attention_heads"])
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """The parts that this model has."""
+        return tuple(part for part in PARTS if getattr(self.parts, part) is not None)
 
     def element(self, dtype: str | None = None) -> str:
         """torch's name of the element type: the model's own, or `dtype` by its short name or torch's.  UnknownName for any other."""
@@ -183,17 +113,31 @@ class ModelSpec(_Record):
 
     def with_depth(self, layers: int) -> ModelSpec:
         """The same model with another number of decoder layers; its weight count is then not known in advance."""
-        config = {**self.config, "num_hidden_layers": layers}
-        if isinstance(kinds := config.get("layer_types"), list):
-            config["layer_types"] = [kinds[i % len(kinds)] for i in range(layers)]
+        if layers > LARGEST_DEPTH:
+            raise CaptureError(f"{layers} layers are more than any model has", where=self.name, hint=f"at most {LARGEST_DEPTH} are taken")
+        text = {**self.text, "num_hidden_layers": layers}
+        if isinstance(kinds := text.get("layer_types"), list):
+            text["layer_types"] = [kinds[i % len(kinds)] for i in range(layers)]
+        config = text if self.text is self.config else {**self.config, "text_config": text}
         capture = self.capture.model_copy(update={"weights": None})
         return self.model_copy(update={"config": config, "capture": capture})
 
     def bounds(self, part: str) -> Bounds:
-        """The bounds of `prefill` or `decode`; UnknownName for another part."""
-        if part not in PARTS:
-            raise UnknownName("part", part, PARTS)
-        return self.parts.prefill if part == "prefill" else self.parts.decode
+        """The bounds of one part; UnknownName for a part that there is not, or that this model lacks."""
+        if part not in self.part_names:
+            hint = f"{self.name} has no {part} part" if part in PARTS else ""
+            raise UnknownName("part", part, self.part_names, hint=hint)
+        return getattr(self.parts, part)
+
+
+def _has(config: Mapping[str, Any], field: str) -> bool:
+    """Whether a field, by its path with points, stands in a configuration."""
+    value: Any = config
+    for name in field.split("."):
+        if not isinstance(value, Mapping) or name not in value:
+            return False
+        value = value[name]
+    return True
 
 
 def models_folder() -> Path:
@@ -212,7 +156,7 @@ def list_specs() -> tuple[ModelSpec, ...]:
 
 @lru_cache(maxsize=4)
 def _shipped(folder: Path) -> tuple[tuple[ModelSpec, Path], ...]:
-    found = tuple((_parse(read_spec_file(path)), path) for path in sorted(folder.glob("*.yaml")))
+    found = tuple((_parse(_extended(read_spec_file(path))), path) for path in sorted(folder.glob("*.yaml")))
     owner: dict[str, Path] = {}
     for spec, path in found:
         for name in {spec.name, *spec.aliases}:
@@ -236,9 +180,31 @@ def load_spec(name_or_path: str | Path) -> ModelSpec:
         path = path / "config.json"
     if path.is_file() or path.suffix in (".yaml", ".yml", ".json"):
         file = read_spec_file(path)
-        return _parse(_from_config(file) if path.suffix == ".json" else file)
+        return _parse(from_config(file) if path.suffix == ".json" else _extended(file))
     known = sorted({n for spec in shipped for n in (spec.name, *spec.aliases)})
     raise UnknownName("model", name, known, hint="`flagtree models` lists them; a path to a config.json works too")
+
+
+def _extended(file: SpecFile, above: tuple[str, ...] = ()) -> SpecFile:
+    """A description that says `extends: NAME`, with the fields of that file beside it, or of that shipped model, under its own.
+
+    What belongs to one model alone is not handed on: names, title, card, what was inferred.
+    """
+    base = file.data.get("extends")
+    if base is None:
+        return file
+    where = file.where(("extends",))
+    if not isinstance(base, str) or Path(base).name != base:
+        raise CaptureError("'extends' names a description without folder and suffix", where=where, why=f"it is {base!r}")
+    if base in above or len(above) > 3:
+        raise CaptureError("descriptions extend each other", where=where, why=" > ".join((*above, base)))
+    places = [folder / f"{base}.yaml" for folder in (file.path.parent, models_folder())]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        known = sorted({each.stem for place in places for each in place.parent.glob("*.yaml")} - {file.path.stem})
+        near = UnknownName("description", base, known)
+        raise CaptureError(f"there is no description '{base}' to extend", where=where, why=near.hint or near.render().split("why: ")[-1])
+    return file.over(_extended(read_spec_file(path), (*above, base)), drop=("name", "aliases", "title", "card", "inferred"))
 
 
 def _parse(file: SpecFile) -> ModelSpec:
@@ -247,42 +213,14 @@ def _parse(file: SpecFile) -> ModelSpec:
     except ValidationError as error:
         first = error.errors()[0]
         context = first.get("ctx", {})
-        field = tuple(first["loc"]) + ((context["field"],) if "field" in context else ())
+        inner = context.get("field", ())
+        field = tuple(first["loc"]) + (inner if isinstance(inner, tuple) else (inner,))
         raise CaptureError(
             "the model description is wrong",
             where=file.where(field),
             why=f"{'.'.join(map(str, first['loc'])) or 'top level'}: {first['msg']}",
             hint=str(context.get("hint", "")),
         ) from error
-
-
-def _from_config(file: SpecFile) -> SpecFile:
-    """A Hugging Face config.json as a description: bounds come from its own `max_position_embeddings`, the name from its sizes."""
-    config = dict(file.data)
-    architectures = config.pop("architectures", None)
-    if not isinstance(architectures, list) or len(architectures) != 1 or not isinstance(architectures[0], str):
-        raise CaptureError("the configuration names no model class", where=str(file.path), why=f"architectures is {architectures!r}")
-    dtype = config.pop("torch_dtype", None) or config.pop("dtype", None)
-    if dtype is None:
-        raise CaptureError("the configuration names no dtype", where=str(file.path), why="neither 'dtype' nor 'torch_dtype' is given",
-                           hint='add "dtype": "bfloat16" to it')
-    for note in ("transformers_version", "_name_or_path", "dtype"):
-        config.pop(note, None)
-    context = [1, config.get("max_position_embeddings", 1)]
-    name = f"{config.get('model_type', 'model')}-{config.get('hidden_size')}x{config.get('num_hidden_layers')}"
-    layers = config.get("num_hidden_layers")
-    data = {
-        "name": name,
-        "architecture": architectures[0],
-        "dtype": dtype,
-        "config": config,
-        "parts": {
-            "prefill": {"batch": [1, 64], "sequence": context, "context": context},
-            "decode": {"batch": [1, 64], "context": context},
-        },
-        "capture": {"layers": min(3, layers) if isinstance(layers, int) and layers > 0 else 3},
-    }
-    return SpecFile(file.path, data, {})
 
 
 def spec_key(spec: ModelSpec, part: str, layers: int | None = None, dtype: str | None = None) -> dict[str, Any]:
@@ -292,7 +230,8 @@ def spec_key(spec: ModelSpec, part: str, layers: int | None = None, dtype: str |
     """
     bounds = spec.bounds(part)
     return {
-        "model": {"architecture": spec.architecture, "config": spec.config, "weights": spec.capture.weights},
+        "model": {"architecture": spec.architecture, "config": spec.config, "dtypes": spec.dtypes,
+                  "weights": [spec.capture.weights, spec.capture.vision_weights]},
         "part": part,
         "bounds": bounds.model_dump(mode="json"),
         "layers": spec.traced_layers(layers),
@@ -315,6 +254,6 @@ def _code_digest() -> str:
     """SHA-256 over our own capture code and the operators it puts into graphs: a change there is another capture."""
     package = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()
-    for path in (*sorted((package / "capture").glob("*.py")), package / "runtime" / "operators.py"):
+    for path in (*sorted((package / "capture").rglob("*.py")), package / "runtime" / "operators.py"):
         digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()

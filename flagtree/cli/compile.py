@@ -21,6 +21,8 @@ EXAMPLES = """
 
 `flagtree compile qwen3 --target cpu --layers 2 --part decode --json` is a small one, for a script.
 
+`flagtree compile ./config.json --target cuda:sm90 --part prefill,decode` takes a model's own config.json in place of a name.
+
 `flagtree compile --graphs graphs.jsonl --target cpu -o bundles` builds what a server recorded (docs/serving.md).
 """
 
@@ -29,7 +31,7 @@ def run(
     target: Annotated[list[str], typer.Option("--target", "-t", help="A chip; repeat it for several. `flagtree targets` lists them.")],
     model: Annotated[list[str] | None, typer.Argument(help="Models to compile; `flagtree models` lists them.", show_default=False)] = None,
     graphs: Annotated[Path | None, typer.Option(help="Compile the graphs that a server recorded here, not a model.")] = None,
-    part: Annotated[list[str] | None, typer.Option(help="Only this part of the model (prefill, decode); repeat it for several.")] = None,
+    part: Annotated[list[str] | None, typer.Option(help="Only these parts: prefill, decode, vision; with commas, or repeat it.")] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Another number of layers than the model has.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Another element type than the model's own: bf16, f16 or f32.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the bundles; without it they stay in the store.")] = None,
@@ -50,8 +52,11 @@ def run(
         raise FlagtreeError("nothing to compile", hint="name a model, or what a server recorded: --graphs FILE")
     if graphs is not None and (model or part or layers or dtype):
         raise FlagtreeError("--graphs compiles what a server recorded, as it is", hint="leave model, --part, --layers and --dtype out")
+    parts = [each.strip() for names in part or () for each in names.split(",")] or None
     for name in model or ():  # a slip in the last name should not cost the work on the first
-        load_spec(name)
+        spec = load_spec(name)
+        for each in parts or ():
+            spec.bounds(each)
     targets = tuple(dict.fromkeys(find_target(name).name for name in target))
 
     from flagtree.compile import compile_model
@@ -67,7 +72,7 @@ def run(
                 recorded = read_recorded(graphs)
                 report = compile_graphs(recorded, targets, name=graphs.stem, out=out, jobs=jobs, progress=progress)
             else:
-                report = compile_model(name, targets, parts=part, layers=layers, dtype=dtype, out=out, jobs=jobs, progress=progress)
+                report = compile_model(name, targets, parts=parts, layers=layers, dtype=dtype, out=out, jobs=jobs, progress=progress)
         if json:
             typer.echo(report.to_json())
         else:

@@ -67,17 +67,32 @@ def test_a_description_file_loads(tmp_path: Path) -> None:
         ("vocab_size: 97", "vocab_size: many", 5, ["'vocab_size' must be a positive integer"]),
         ("num_attention_heads: 4", "num_attention_heads: 5", 6, ["no multiple of 'num_attention_heads'"]),
         ("name: small", "name: small\nname: other", 2, ["'name' is given twice", "first in line 1"]),
-        ("name: small", "name: &a small", None, []),
+        ("name: small", "name: &a small", 1, ["anchors are not allowed"]),
         ("dtype: bfloat16", "dtype: [", None, ["not YAML"]),
-        ("name: small", "name: !!python/object/apply:os.getcwd []", 1, ["could not determine a constructor"]),
+        ("name: small", "name: !!python/object/apply:os.getcwd []", 1, ["tags are not allowed"]),
+        ("name: small", "name: !!str small", 1, ["tags are not allowed"]),
+        ("hidden_size: 32", "hidden_size: 2305843009213693952", 6, ["more than any model has", "nothing was allocated"]),
+        ("num_hidden_layers: 4", "num_hidden_layers: 1000000000", 8, ["more than any model has"]),
+        ("num_hidden_layers: 4", "num_hidden_layers: 1" + "0" * 5000, None, ["not YAML"]),
+        ("num_attention_heads: 4", "num_attention_heads: 4\n  num_key_value_heads: 3", 9, ["'num_attention_heads' = 4 is no multiple of"]),
+        ("vocab_size: 97", "vocab_size: 97\n  num_experts: 4\n  num_experts_per_tok: 5", 7, ["'num_experts_per_tok' = 5 is more than"]),
+        ("vocab_size: 97", "vocab_size: 97\n  num_experts_per_tok: 5", 6, ["the number of experts is not"]),
+        ("vocab_size: 97", "vocab_size: 97\n  head_dim: 8\n  rotary_dim: 16", 7, ["'rotary_dim' = 16 is more than a head's width, 8"]),
+        ("vocab_size: 97", "vocab_size: 97\n  rope_scaling: {mrope_section: [1, 1]}", 6, ["does not fill half a head, 4"]),
+        ("vocab_size: 97", "vocab_size: 97\n  vision_config: {hidden_size: 9, num_heads: 2}", 6, ["'hidden_size' = 9 is no multiple"]),
+        ("vocab_size: 97", "vocab_size: 97\n  day: 2025-01-01", 6, ["neither text, number"]),
+        ("vocab_size: 97", "vocab_size: 97\n  far: .inf", 6, ["neither text, number"]),
+        ("tie_word_embeddings: false", "tie_word_embeddings: 0", 11, ["must be true or false"]),
+        ("  decode:", "  vision: {images: [1, 4]}\n  decode:", 14, ["has no vision tower"]),
+        ("card:", "bridge: {module: a, width: 33}\ncard:", 15, ["makes rows of 33, the text has 32"]),
+        ("card:", "inferred: {depth: guessed}\ncard:", 15, ["config has no field 'depth'"]),
+        ("name: small", "extends: qwen3-9b\nname: small", 1, ["no description 'qwen3-9b'", "qwen3-8b"]),
+        ("name: small", "extends: ../qwen3-8b\nname: small", 1, ["without folder and suffix"]),
     ],
 )
 def test_a_wrong_field_names_file_line_and_closest_name(tmp_path: Path, old: str, new: str, line: int | None, messages: list[str]) -> None:
     assert old in GOOD
     path = write(tmp_path, GOOD.replace(old, new, 1))
-    if not messages:  # an anchor that nobody refers to does no harm
-        assert load_spec(path).name == "small"
-        return
     with pytest.raises(CaptureError) as error:
         load_spec(path)
     text = str(error.value)
@@ -95,9 +110,12 @@ def test_a_wrong_field_names_file_line_and_closest_name(tmp_path: Path, old: str
         ("- 1\n", "not a mapping"),
         ("a: 1\n---\nb: 2\n", "not YAML"),
         ("x" * (1 << 20) + "y", "too large"),
+        ("[" * (1 << 19) + "]" * (1 << 19), "nested too deeply"),
+        ("- 1\n" * (1 << 17), "too many fields"),
+        ("1: a\n", "a field's name is no text"),
         ("a: \x01\n", "not YAML"),
     ],
-    ids=["anchor", "depth", "empty", "list", "two documents", "size", "control character"],
+    ids=["anchor", "depth", "empty", "list", "two", "size", "megabyte of nesting", "megabyte of fields", "number as name", "control"],
 )
 def test_a_hostile_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(CaptureError, match=message):
@@ -152,6 +170,13 @@ def test_an_incomplete_configuration_is_refused(tmp_path: Path, changes: dict[st
         load_spec(config_json(tmp_path, **changes))
 
 
+@pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', '{"a": ' + "1" * 5000 + "}", '{"a": NaN}'])
+def test_json_that_says_something_twice_or_nothing_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text, encoding="utf-8")
+    with pytest.raises(CaptureError, match=r"given twice|not JSON|neither text"):
+        load_spec(tmp_path)
+
+
 def test_broken_json_names_its_line(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text('{\n"a": 1,\n}', encoding="utf-8")
@@ -170,6 +195,33 @@ def test_names_and_aliases_find_a_shipped_model_and_others_list_the_closest() ->
         load_spec("qwen33")
     assert "closest: qwen3" in str(error.value)
     assert error.value.exit_code == 2
+
+
+def test_a_description_extends_another(tmp_path: Path) -> None:
+    write(tmp_path, GOOD, "base.yaml")
+    more = "extends: base\nname: deeper\nconfig: {num_hidden_layers: 8}\nparts: {decode: {batch: [1, 9]}}\n"
+    spec = load_spec(write(tmp_path, more, "more.yaml"))
+    assert (spec.name, spec.depth, spec.config["hidden_size"], spec.aliases) == ("deeper", 8, 32, ())
+    assert (spec.bounds("decode").batch, spec.bounds("decode").context) == ((1, 9), (1, 64))
+    assert spec.card.benchmarks == ()  # figures belong to one model
+    write(tmp_path, GOOD.replace("hidden_size: 32", "hidden_size: 0"), "base.yaml")
+    with pytest.raises(CaptureError, match=r"base\.yaml:6"):  # a wrong field of the base is named where it stands
+        load_spec(tmp_path / "more.yaml")
+    write(tmp_path, GOOD, "base.yaml")
+    wrong = write(tmp_path, more.replace("8}", "-8}"), "wrong.yaml")
+    with pytest.raises(CaptureError, match=r"wrong\.yaml:3"):
+        load_spec(wrong)
+    write(tmp_path, "extends: more\nname: base\n", "base.yaml")
+    with pytest.raises(CaptureError, match="extend each other"):
+        load_spec(tmp_path / "more.yaml")
+
+
+def test_a_part_that_a_model_lacks_is_named() -> None:
+    with pytest.raises(UnknownName) as error:
+        load_spec("qwen3").bounds("vision")
+    assert error.value.exit_code == 2
+    assert "qwen3-8b has no vision part" in str(error.value)
+    assert load_spec("robobrain2-7b").bounds("vision").tokens == (1, 65536)
 
 
 def test_two_models_of_one_name_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

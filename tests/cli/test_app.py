@@ -139,7 +139,23 @@ def test_a_bug_is_told_even_where_no_folder_can_be_written(flagtree: Flagtree, m
 def test_models_lists_what_ships(flagtree: Flagtree) -> None:
     rows = json.loads(flagtree("models", "--json").out)
     assert "qwen3" in next(row for row in rows if row["name"] == "qwen3-8b")["aliases"]
-    assert "1-40960" in flagtree("models").out
+    assert "40960" in flagtree("models").out
+    assert next(row for row in rows if row["name"] == "minimax-m2")["quantisation"]["block"] == [128, 128]
+
+
+def test_one_model_is_shown_with_its_sources(flagtree: Flagtree) -> None:
+    shown = flagtree("models", "step3").out
+    assert "3 of 48 x 5120" in shown
+    assert "vLLM 0.32 models/step3_text.py" in shown
+    assert shown.index("Inferred") < shown.index("vision_config.intermediate_size")
+    assert flagtree("models", "step4").code == 2
+
+
+@pytest.mark.parametrize("parts", ["vision", "prefill,vision", "decode,embedding"])
+def test_a_part_that_the_model_lacks_is_refused_before_any_work(flagtree: Flagtree, parts: str) -> None:
+    ended = flagtree("compile", "qwen3", "--target", "cpu", "--part", parts)
+    assert ended.code == 2
+    assert ended.err.count("error: unknown part") == 1
 
 
 def test_targets_say_how_far_this_machine_gets(flagtree: Flagtree) -> None:
