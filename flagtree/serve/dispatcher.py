@@ -17,7 +17,7 @@ from flagtree.serve import answers
 from flagtree.serve.agreement import check_led, settings_of
 from flagtree.serve.configuration import current_vllm_config
 from flagtree.serve.counts import COUNTS, logger
-from flagtree.serve.operators import Operators, count_replaced, operators_of
+from flagtree.serve.operators import FORMULAS, Operators, count_replaced, operators_of
 
 DOOR = "vllm-plugin-FL's dispatcher"
 NAME = "default.flagtree"  # its name for one implementation: `impl:default.flagtree` in VLLM_FL_PER_OP
@@ -36,7 +36,7 @@ def register(registry: Any) -> None:
         return
     binding = Binding()
     binding()  # the first operator is asked for while the model is built: wrong settings are said now
-    for name, answer in ANSWERS.items():
+    for name, (answer, plain) in ANSWERS.items():
         others = [i for i in known.get(name, ()) if i.kind == kind]
         if any(i.impl_id == NAME for i in others):
             continue
@@ -44,7 +44,8 @@ def register(registry: Any) -> None:
         if above:
             COUNTS.stepped_aside(name, f"{above[0].impl_id} registered it first, with priority {above[0].priority}")
             continue
-        registry.register_impl(make(op_name=name, impl_id=NAME, kind=kind, fn=_answering(name, answer, binding), priority=default + ABOVE))
+        run = _answering(name, answer, plain, binding)
+        registry.register_impl(make(op_name=name, impl_id=NAME, kind=kind, fn=run, priority=default + ABOVE))
 
 
 class Binding:
@@ -56,7 +57,7 @@ class Binding:
     def __call__(self) -> Operators | None:
         """None where nothing asks for us."""
         config = current_vllm_config()
-        if self.operators is None and config is not None:
+        if self.operators is None and hasattr(config, "additional_config"):
             try:
                 if why := check_led(config, settings_of(config)):
                     COUNTS.stepped_aside("the whole graph", why)
@@ -71,11 +72,14 @@ def refused(error: FlagtreeError) -> SystemExit:
     return SystemExit(f"flagtree: error: {error.render()}")
 
 
-def _answering(name: str, answer: Callable[..., Any], binding: Binding) -> Callable[..., Any]:
-    """One implementation: it takes the layer, then what the dispatcher publishes for `name`."""
+def _answering(name: str, answer: Callable[..., Any], plain: Callable[..., Any], binding: Binding) -> Callable[..., Any]:
+    """One implementation: it takes the layer, then what the dispatcher publishes for `name`.  Within a trace it is `plain`, so that the
+    graph holds what is computed."""
     layers: set[int] = set()
 
     def run(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return plain(layer, *args, **kwargs)
         operators = binding()
         if operators is None:
             raise FlagtreeError("no settings ask for flagtree's operators", where=name, hint='"custom_ops": true')
@@ -100,14 +104,30 @@ def _answering(name: str, answer: Callable[..., Any], binding: Binding) -> Calla
 
 
 # -- one answer an operator: as the dispatcher publishes its arguments -------------------------------------------------------
-def _own(answer: answers.Answer) -> Callable[..., Any]:
-    """The layer's arguments are vLLM's; a case that no formula covers is the layer's own plain form."""
+def _plain(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    """The layer's own form in torch; its arguments are vLLM's."""
+    return layer.forward_native(*args, **kwargs)
+
+
+def _own(answer: answers.Answer) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """An answer with vLLM's arguments, with the plain form for what no formula covers."""
 
     def run(layer: Any, operators: Operators, *args: Any, **kwargs: Any) -> Any:
         result = answer(layer, operators, *args, **kwargs)
-        return layer.forward_native(*args, **kwargs) if result is NotImplemented else result
+        return _plain(layer, *args, **kwargs) if result is NotImplemented else result
 
-    return run
+    return run, _plain
+
+
+def _plain_rotary(
+    layer: Any, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor,
+    rotary_interleaved: bool = False, inplace: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """As `_rotary`, in torch."""
+    size, table = query.shape[-1], torch.cat((cos, sin), dim=-1)
+    flat = (x.reshape(x.shape[0], -1) for x in (query, key))
+    turned = [FORMULAS["rotary"](positions, x, table, size, size, not rotary_interleaved) for x in flat]
+    return turned[0].view(query.shape), turned[1].view(key.shape)
 
 
 def _rotary(
@@ -131,9 +151,9 @@ def _rotary(
     return turned[0].view(query.shape), turned[1].view(key.shape)
 
 
-ANSWERS: dict[str, Callable[..., Any]] = {
+ANSWERS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "rms_norm": _own(answers.rms_norm),
     "silu_and_mul": _own(answers.silu_and_mul),
     "gelu_and_mul": _own(answers.gelu_and_mul),
-    "rotary_embedding": _rotary,
+    "rotary_embedding": (_rotary, _plain_rotary),
 }

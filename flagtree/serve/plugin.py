@@ -86,6 +86,9 @@ def _operators() -> Operators | None:
     config = current_vllm_config()
     if config is None:
         return None
+    if not hasattr(config, "additional_config"):  # nobody asked anything of us, and nobody can
+        COUNTS.stepped_aside(DOOR, "this vLLM has no additional_config")
+        return None
     settings = settings_of(config)
     if why := check_led(config, settings):
         COUNTS.stepped_aside("the whole graph", why)

@@ -129,11 +129,26 @@ def install(patch: pytest.MonkeyPatch) -> Manager:
     return manager
 
 
+class Layer(torch.nn.Module):
+    """What vLLM's layers publish: attributes by name, and the operator's plain form."""
+
+    def __init__(self, operator: str, **attributes: Any) -> None:
+        super().__init__()
+        self.operator = operator
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward_native(self, *args: Any) -> Any:
+        return REFERENCE[self.operator](self, *args)
+
+    def _match_cos_sin_cache_dtype(self, x: torch.Tensor) -> torch.Tensor:
+        return self.table.to(x.dtype)
+
+
 def layers() -> dict[str, Any]:
-    """Objects with what vLLM's layers publish."""
-    table = torch.randn(40, 16)
-    rotary = SimpleNamespace(_match_cos_sin_cache_dtype=lambda x: table.to(x.dtype) if x.dtype != table.dtype else table, table=table)
+    """A layer for each operator."""
     return {
-        "rms_norm": SimpleNamespace(weight=torch.nn.Parameter(torch.randn(32)), variance_epsilon=1e-6, has_weight=True),
-        "silu_and_mul": SimpleNamespace(), "gelu_and_mul": SimpleNamespace(approximate="tanh"), "rotary_embedding": rotary,
+        "rms_norm": Layer("rms_norm", weight=torch.nn.Parameter(torch.randn(32)), variance_epsilon=1e-6, has_weight=True),
+        "silu_and_mul": Layer("silu_and_mul"), "gelu_and_mul": Layer("gelu_and_mul", approximate="tanh"),
+        "rotary_embedding": Layer("rotary_embedding", table=torch.randn(40, 16)),
     }  # fmt: skip

@@ -96,6 +96,7 @@ def test_pieces_are_recorded_compiled_and_found_again(current: Current, tmp_path
 
     config = current({"bundle": report.path, "digest": report.digest, "strict": "serve"}, mode=3)
     pieces = Pieces()
+    assert COUNTS.doors == {compiler.DOOR: f"from {report.path}, strict 'serve'"}
     current.none()  # type: ignore[attr-defined]
     strict = Split(pieces)
     check(served(model, strict), model)

@@ -86,6 +86,12 @@ def test_where_nothing_asks_theirs_answer(manager: Manager, current: Current) ->
     assert COUNTS.operators == {}
 
 
+def test_a_vllm_without_settings_is_left_alone(manager: Manager, current: Current) -> None:
+    del current({}, mode=0).additional_config
+    dispatcher.register(manager.registry)
+    check(manager, "default.flagos", fl_dispatch.layers(), ["silu_and_mul"])
+
+
 def test_its_own_settings_choose_between_implementations(manager: Manager, current: Current) -> None:
     current({"custom_ops": True}, mode=0)
     dispatcher.register(manager.registry)
@@ -132,3 +138,17 @@ def test_another_registry_is_one_line(manager: Manager, monkeypatch: pytest.Monk
         dispatcher.register(manager.registry)
     assert [r.message.count("another registry than we know") for r in caplog.records] == [1]
     assert all("default.flagtree" not in known for known in manager.registry.by_name.values())
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_within_a_trace_the_graph_holds_what_is_computed(manager: Manager, current: Current, name: str) -> None:
+    """vLLM may compile the layer around it: nothing of ours is called, bound or counted then."""
+    current({"custom_ops": True}, mode=2)
+    dispatcher.register(manager.registry)
+    run, layer = manager.registry.by_name[name]["default.flagtree"].fn, fl_dispatch.layers()[name]
+    args = arguments(name, {name: layer}, 5, 0)
+    torch._dynamo.reset()
+    with torch.inference_mode():
+        have = torch.compile(lambda *a: run(layer, *a), backend="eager", fullgraph=True)(*args)
+    torch.testing.assert_close(have, fl_dispatch.REFERENCE[name](layer, *args), rtol=1e-5, atol=1e-5)
+    assert COUNTS.operators == {}

@@ -125,6 +125,14 @@ def test_a_vllm_without_a_registry_is_one_line(vllm: ModuleType, caplog: pytest.
     assert [r.message.count("no registry for operators out of tree") for r in caplog.records] == [1]
 
 
+def test_a_vllm_without_settings_is_left_alone(vllm: ModuleType, current: Current) -> None:
+    """Who installed us beside an old vLLM asked nothing: every layer stays theirs, and it is said once."""
+    plugin.register()
+    del current({}).additional_config
+    assert [RMSNorm(8).forward_cpu(torch.ones(1, 8)) for _ in range(2)] == ["theirs", "theirs"]
+    assert COUNTS.aside[plugin.DOOR] == "this vLLM has no additional_config"
+
+
 @pytest.mark.parametrize("changes", [{"mode": 0, "lora": object()}, {"mode": 0}, {"mode": 2, "backend": "inductor"}])
 def test_a_bundle_that_nobody_would_ask_stops_a_strict_start(vllm: ModuleType, current: Current, changes: dict[str, Any]) -> None:
     """LoRA and `enforce_eager` switch compilation off, and vLLM then never looks the compiler's name up."""

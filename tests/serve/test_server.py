@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -120,9 +121,11 @@ def test_a_strict_start_refuses_and_says_what_differs(bundle: tuple[str, str], c
     with pytest.raises(Exception, match="does not have") as raised:
         served(Decoder(layers=3, rank=0), Kept(strict(bundle)))
     text = str(raised.value)
-    assert "graph-" in text
-    assert "% of its lines equal" in text
-    assert "flagtree compile --graphs" in text
+    assert re.search(r"where: the whole graph, graph-(\w{16}), capture key \1\w{48}; .*toy", text)
+    assert re.search(r"why: closest is graph-\w{16}, \d\d% of its lines equal; line \d+: the bundle has .*, the server ", text)
+    assert '"record": "graphs.jsonl"' in text
+    assert "flagtree compile --graphs graphs.jsonl --target cpu" in text
+    assert "flagtree compile MODEL --for vllm" in text
     assert "flagtree: error: the server needs a graph" in capsys.readouterr().err
     assert COUNTS.graphs_missing == 1
 
