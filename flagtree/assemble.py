@@ -21,6 +21,7 @@ from flagtree.codegen.launch import launch_list
 from flagtree.debug import Ladder
 from flagtree.ir.canonical import Isolated, digest, isolate_all
 from flagtree.ir.program import Kernel, Program
+from flagtree.ir.text import print_program
 from flagtree.ir.verify import verify
 from flagtree.passes.base import Fuel, Report
 from flagtree.passes.pipeline import pipeline, run_pipeline
@@ -95,6 +96,7 @@ def assemble(parts: Mapping[str, CapturedPart], target: Target, jobs: int, progr
         "coverage": _coverage(generated, reports),
         "versions": versions(target),
         "certificate": evidence.content,
+        "programs": {name: print_program(g.program) for name, g in generated.items()},
     }
     return Assembled(content, tuple(reports.values()), tiers(built), evidence.executed)
 

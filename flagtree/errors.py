@@ -57,6 +57,10 @@ class ToolchainError(FlagtreeError):
     """A compiler that is missing, fails, hangs or prints nonsense."""
 
 
+class KernelFault(ToolchainError):
+    """An executed kernel that did what none may: an access outside, threads that wait for each other, a race, no end."""
+
+
 class CaptureError(FlagtreeError):
     """A model that cannot be captured: a wrong configuration, a specialised dimension."""
 

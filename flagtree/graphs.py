@@ -29,6 +29,7 @@ from flagtree.errors import BundleError, IRError
 from flagtree.ir.canonical import Isolated, digest, isolate_all
 from flagtree.ir.parse import parse_program
 from flagtree.ir.program import Extern, Kernel, Program
+from flagtree.ir.text import print_program
 from flagtree.ir.traffic import program_traffic
 from flagtree.ir.verify import verify
 from flagtree.passes.base import Fuel
@@ -116,6 +117,7 @@ def build_graphs(
         versions=versions(target),
         certificate=evidence.content if evidence else None,
         graphs={g.name: g.text for g in graphs},
+        programs={part: print_program(program) for part, program in programs.items()},
     )
     record_built(made, store)
     executed = evidence.executed if evidence else {}

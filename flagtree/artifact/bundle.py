@@ -39,6 +39,11 @@ class KernelFiles(Protocol):
     def facts(self) -> Mapping[str, object]: ...
 
 
+def program_file(part: str) -> str:
+    """Where a bundle holds the program of a part, after all passes and at full depth, as text."""
+    return f"launch/{part}.ir"
+
+
 # -- writing ---------------------------------------------------------------------------------------------------------
 def write_bundle(
     path: Path,
@@ -53,16 +58,19 @@ def write_bundle(
     versions: Mapping[str, str] | None = None,
     certificate: Mapping[str, object] | None = None,
     graphs: Mapping[str, str] | None = None,
+    programs: Mapping[str, str] | None = None,
 ) -> str:
     """Write a bundle and return its digest.
 
     `path` ending in `.ftb` gives one file, else a folder.  `parts`: part name to launch list; `libraries`: CPU level to
-    shared object; `graphs`: part name to the canonical text of the graph that it is; `certificate`: the evidence, which
-    does not enter the digest.  Equal arguments give equal bytes.  A bundle that stands at `path` is replaced in one step
-    once the new one is complete; BundleError when something else stands there, StoreError when the folder cannot be written.
+    shared object; `graphs`: part name to the canonical text of the graph that it is; `programs`: to the text of the program whose
+    launch list it is; `certificate`: the evidence, which does not enter the digest.  Equal arguments give equal bytes.  A bundle that
+    stands at `path` is replaced in one step once the new one is complete; BundleError when something else stands there, StoreError when
+    the folder cannot be written.
     """
     content = _content(parts, kernels, libraries or {}, constants or {})
     content.update({f"graphs/{part}.txt": text.encode() for part, text in (graphs or {}).items()})
+    content.update({program_file(part): text.encode() for part, text in (programs or {}).items()})
     manifest: dict[str, object] = {
         "format": FORMAT,
         "name": name,

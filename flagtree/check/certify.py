@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import torch
 
 from flagtree import __version__
-from flagtree.check.examine import Eager, Examination, Run
+from flagtree.check.examine import Examination, Run
 from flagtree.check.execute import Executor, Unexecuted
 from flagtree.check.inputs import lower_ends, sample_symbols, upper_ends
 from flagtree.check.regimes import KINDS
+from flagtree.check.upper_eager import Eager
 from flagtree.errors import FlagtreeError
 from flagtree.ir import experts
 from flagtree.ir.canonical import Isolated

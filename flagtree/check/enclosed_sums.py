@@ -1,4 +1,4 @@
-"""Reductions and scans in interval arithmetic: sums within Higham's bound for their height, extrema exactly, the rest from both.
+"""Reductions, scans and accumulating stores as intervals: sums within Higham's bound for their height, extrema exactly, the rest by ends.
 
 Ends are summed in float64, which is exact beside the bound of f32; sums of f64 count their bound twice (check/stated.py).
 Used by check/enclosure.py only.
@@ -62,6 +62,27 @@ def enclose_scan(op: Scan, pair: Pair, dim: int, kind: torch.dtype, exact: bool)
         raise IRError("a running product of approximate operands has no stated bound")
     value = low.double().cumprod(dim)
     return _rounded(_widened((value, value), bound * value.abs(), value.abs(), kind), kind)
+
+
+def enclose_stores(start: Tensor, mode: str, offsets: Tensor, pair: Pair) -> Pair:
+    """What accumulating stores leave in memory that held `start`: the values of `pair` go to `offsets`, in any order.
+
+    An element that n values are added to, each sum rounded to the memory's type, has a sum of height n: Higham's bound, as for others.
+    """
+    low, high = (x.to(start.dtype) for x in pair)
+    if mode == "max":
+        least, most = (start.clone().scatter_reduce_(0, offsets, x, "amax") for x in (low, high))
+        return least, most
+    if not start.dtype.is_floating_point:
+        least, most = (start.clone().index_add_(0, offsets, x) for x in (low, high))
+        return least, most
+    size = start.double().abs().index_add_(0, offsets, torch.maximum(low.double().abs(), high.double().abs()))
+    least, most = (start.double().clone().index_add_(0, offsets, x.double()) for x in (low, high))
+    count = torch.zeros_like(size).index_add_(0, offsets, torch.ones_like(offsets, dtype=torch.float64))
+    relative = count * gamma(1, IR_NAMES[start.dtype])  # 1 / (1 - u) instead of u: a little more than count u
+    share = torch.where(relative < 0.5, relative / (1 - relative), math.inf)
+    widened = _widened((least, most), torch.where(count > 0, share * size, 0.0), size, start.dtype)
+    return _rounded(widened, start.dtype)
 
 
 def _rounded(pair: Pair, kind: torch.dtype) -> Pair:

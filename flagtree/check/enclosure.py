@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flagtree.check.enclosed_sums import enclose_reduction, enclose_scan
+from flagtree.check.enclosed_sums import enclose_reduction, enclose_scan, enclose_stores
 from flagtree.check.stated import Stated
 from flagtree.errors import IRError
 from flagtree.ir.dtypes import DTYPES
@@ -22,6 +22,7 @@ from flagtree.ir.evaluate import FUNCTIONS, Tensor, torch_dtype
 from flagtree.ir.ops import OPS
 from flagtree.ir.program import BodyOp, Compute, Kernel, Load, Program, Reduce, Scan, Store
 from flagtree.ir.sample import Sampled
+from flagtree.ir.walk import flat
 
 Pair = tuple[Tensor, Tensor]
 # how a result moves with each operand: + with it, - against it
@@ -52,14 +53,19 @@ def enclose(
     program: Program, kernel: Kernel, tensors: Mapping[str, Tensor], symbols: Mapping[str, int], points: Mapping[str, Tensor],
     stated: Stated,
 ) -> dict[str, Enclosed]:  # fmt: skip
-    """`ir.sample.stores_at` with intervals.  Raises IRError for a kernel whose accesses depend on an approximate value, and for stores
-    that accumulate."""
+    """`ir.sample.stores_at` with intervals.  Where stores accumulate, `points` are all of the domain and what comes back is every element
+    of each stored buffer.  Raises IRError for a kernel whose accesses depend on an approximate value, and for one that accumulates into
+    what it also loads or sets."""
     walk = _Enclosure(kernel, tensors, symbols, points, stated)
     walk.run(program.name)
     out = {}
     for name, found in walk.found.items():
+        if name in walk.added:
+            continue
         offsets, low = (torch.cat(parts) for parts in zip(*found, strict=True))
         out[name] = Enclosed(offsets, low, torch.cat(walk.upper[name]), walk.exact[name])
+    if walk.added:
+        return {name: walk.whole(name, out.get(name)) for name in kernel.writes}
     return out
 
 
@@ -73,6 +79,7 @@ class _Enclosure(Sampled):
         self.high: dict[str, Tensor] = {}
         self.upper: dict[str, list[Tensor]] = {name: [] for name in kernel.writes}
         self.exact = dict.fromkeys(kernel.writes, True)
+        self.added: dict[str, list[tuple[str, Tensor, Pair]]] = {}  # buffer -> mode, offsets and values of its accumulating stores
 
     def is_exact(self, name: str) -> bool:
         return name not in self.values or self.high[name] is self.values[name]
@@ -111,10 +118,28 @@ class _Enclosure(Sampled):
             super().execute(op)
 
     def store(self, op: Store) -> None:
-        super().store(op)
         mask = None if op.access.mask is None else self.values[op.access.mask]
+        if op.mode != "set":
+            offsets, low = self.placed(op, mask, self.values[op.value])
+            self.added.setdefault(op.access.buffer, []).append((op.mode, offsets, (low, self.placed(op, mask, self.high[op.value])[1])))
+            self.exact[op.access.buffer] &= self.is_exact(op.value) and (op.mode == "max" or not low.is_floating_point())
+            return
+        super().store(op)
         self.upper[op.access.buffer].append(self.placed(op, mask, self.high[op.value])[1])
         self.exact[op.access.buffer] &= self.is_exact(op.value)
+
+    def whole(self, name: str, stored: Enclosed | None) -> Enclosed:
+        """Every element of a stored buffer of a kernel whose stores accumulate."""
+        memory = flat(self.tensors[name])
+        low, high, parts = memory, memory, self.added.get(name, ())
+        if parts and (stored is not None or len({mode for mode, _, _ in parts}) > 1 or name in self.kernel.reads):
+            raise IRError("a buffer that stores accumulate into is also set or loaded", why=f"'{name}'")
+        if parts:
+            offsets, least, most = (torch.cat(x) for x in zip(*((at, *pair) for _, at, pair in parts), strict=True))
+            low, high = enclose_stores(memory, parts[0][0], offsets, (least, most))
+        elif stored is not None:
+            low, high = (memory.clone().index_copy_(0, stored.offsets, x.to(memory.dtype)) for x in (stored.low, stored.high))
+        return Enclosed(torch.arange(len(memory)), low, high, self.exact[name])
 
     # -- one operation -----------------------------------------------------------------------------------------------
     def compute_pair(self, op: Compute) -> Pair:

@@ -7,7 +7,7 @@ Called by check/certify.py for each run of each kernel.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -22,8 +22,9 @@ from flagtree.check.regimes import ORDINARY
 from flagtree.check.sparse import Sampled, Strays
 from flagtree.check.stated import Stated, stated_gpu, stated_native
 from flagtree.check.upper import run_blocks
+from flagtree.check.upper_eager import Eager
 from flagtree.check.upper_native import TooLarge, run_native
-from flagtree.errors import IRError, ToolchainError
+from flagtree.errors import IRError, KernelFault
 from flagtree.ir.canonical import Isolated
 from flagtree.ir.sample import Stored, stores_at
 from flagtree.ir.walk import flat, run_kernel
@@ -31,7 +32,6 @@ from flagtree.toolchain.base import BuiltKernel
 
 Tensor = torch.Tensor
 LARGEST = 1 << 22  # points times reduced elements that are computed in a run on whole tensors
-Eager = Callable[[Mapping[str, Tensor], Mapping[str, int]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +74,12 @@ class Examination:
         self.accumulates = any(s.mode != "set" for s in self.kernel.stores)
 
     def run(self, run: Run, seed: int) -> None:
-        """Execute and judge one run; its record and its faults are added to `found`."""
+        """Execute and judge one run; its record and its faults are added to `found`.  Raises ToolchainError when a tool fails."""
         record: dict[str, object] = {"inputs": self._inputs(run, seed)}
         faults: list[str] = []
         try:
             record["outputs"] = self._upper(run, seed, record, faults) if run.upper else self._small(run, seed, faults)
-        except (Differs, Strays, ToolchainError) as error:
+        except (Differs, Strays, KernelFault) as error:  # a tool that fails is no fault of the kernel
             at = f" ({error.where})" if error.where else ""
             faults.append(f"{error.what}{': ' if error.why else ''}{error.why}{at}")
         except TooLarge as error:
@@ -197,15 +197,26 @@ class Examination:
             raise TooLarge("not run", why="each row reads every key that it sees, so one instance is the whole of a head")
         found: Sampled
         if self.executor.levels(self.built):
-            found = run_native(self.program, self.built, self.executor, run.symbols, seed, self.stated)
+            found = run_native(self.program, self.built, self.executor, run.symbols, seed, self.stated, self.eager)
         else:
-            found = run_blocks(self.program, self.built, run.symbols, seed, run.blocks, stated=self.stated)
+            found = run_blocks(self.program, self.built, run.symbols, seed, run.blocks, stated=self.stated, eager=self.eager)
         record["inputs"] = self._inputs(run, seed) | {"computed": found.what, "ways": list(found.ways)}
         out: dict[str, object] = {}
         for name, ours in found.ours.items():
             judged = judge(self.program.buffer(name).dtype, ours, found.own[name], found.truth[name], None, found.enclosed.get(name))
-            out[name] = self._recorded(name, judged, "" if found.enclosed else "no bound is stated", faults)
+            recorded = self._recorded(name, judged, "" if found.enclosed else "no bound is stated", faults)
+            out[name] = recorded | self._beside(name, found, faults)
         return out
+
+    def _beside(self, name: str, found: Sampled, faults: list[str]) -> dict[str, object]:
+        """What the rows that eager computed say; or why it computed none."""
+        if found.beside.why:
+            return {"eager": f"not compared: {found.beside.why if self.eager is not None else self.found.uncompared}"}
+        at, theirs = found.beside.places[name], found.beside.values[name]
+        judged = judge(self.program.buffer(name).dtype, found.ours[name][at], found.own[name][at], found.truth[name][at], theirs, None)
+        faults += [f"stored buffer {self.actual(name)}, beside eager: {fault}" for fault in judged.faults]
+        kept = ("equal_to_eager", "rms_eager", "rms_to_eager")
+        return {"elements_with_eager": len(at)} | {key: judged.record[key] for key in kept if key in judged.record}
 
 
 def _copied(tensor: Tensor, precise: bool) -> Tensor:

@@ -18,11 +18,13 @@ from flagtree.check.inputs import unwritten
 from flagtree.check.points import kernel_of
 from flagtree.check.positions import Positions
 from flagtree.check.stated import Stated
+from flagtree.check.upper_eager import Beside, Eager, eager_rows
 from flagtree.errors import FlagtreeError, IRError
 from flagtree.ir.program import Buffer, Program
 from flagtree.ir.sample import stores_at
 
 Tensor = torch.Tensor
+NOT_ASKED = Beside(why="no eager computation is known")
 
 
 class Strays(FlagtreeError):
@@ -33,7 +35,8 @@ class Strays(FlagtreeError):
 class Sampled:
     """What was stored at chosen points, by buffer: `ours` executed, `own` by the interpreter in the kernel's dtypes, `truth` in float64;
     each one-dimensional, element for element; `enclosed`: where `ours` must lie (check/enclosure.py), empty where nothing is stated.
-    `what`: the blocks that ran, or the points that were looked at.  `ways`: the variants or CPU levels that ran, all with these bits."""
+    `what`: the blocks that ran, or the points that were looked at.  `ways`: the variants or CPU levels that ran, all with these bits.
+    `beside`: PyTorch's values of some of them (check/upper_eager.py)."""
 
     what: str
     ways: tuple[str, ...]
@@ -41,6 +44,7 @@ class Sampled:
     own: Mapping[str, Tensor]
     truth: Mapping[str, Tensor]
     enclosed: Mapping[str, Enclosed]
+    beside: Beside = NOT_ASKED
 
 
 class Expected:
@@ -48,7 +52,7 @@ class Expected:
     and what they must store: `own` by the interpreter in the kernel's dtypes, `truth` in float64."""
 
     def __init__(self, program: Program, symbols: Mapping[str, int], flat: Mapping[str, Tensor], points: Mapping[str, Tensor],
-                 seed: int, stated: Stated) -> None:  # fmt: skip
+                 seed: int, stated: Stated, eager: Eager | None = None) -> None:  # fmt: skip
         kernel = kernel_of(program)
         self.flat, positions = flat, Positions(program, symbols, seed)
         tensors = {b.name: torch.as_strided(flat[b.name], *_geometry(b, symbols)) for b in program.buffers}
@@ -61,6 +65,7 @@ class Expected:
         self.enclosed: dict[str, Enclosed] = {}
         with contextlib.suppress(IRError):  # a combiner without a stated bound
             self.enclosed = enclose(program, kernel, tensors, symbols, points, stated)
+        self.beside = NOT_ASKED if eager is None else eager_rows(program, kernel, tensors, symbols, points, self.own, eager)
         for name, stored in self.own.items():
             if program.buffer(name).role == "temp":
                 self.flat[name][stored.offsets] = unwritten(self.flat[name].dtype)
@@ -78,7 +83,7 @@ class Expected:
     def sampled(self, ours: Mapping[str, Tensor], what: str, ways: tuple[str, ...]) -> Sampled:
         """The record of what was executed."""
         own, truth = ({name: s.values for name, s in found.items()} for found in (self.own, self.truth))
-        return Sampled(what, ways, ours, own, truth, self.enclosed)
+        return Sampled(what, ways, ours, own, truth, self.enclosed, self.beside)
 
 
 def _geometry(buffer: Buffer, symbols: Mapping[str, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -42,7 +42,8 @@ class Stated:
         size = torch.where(torch.isfinite(result), result.abs().clamp(min=stated.floor), 1.0)
         argument = torch.where(torch.isfinite(last), last.abs(), 0.0)
         bound = (stated.ulp + stated.slope * argument) * ulp_of(size, dtype)
-        bound = torch.where(argument <= stated.limit, bound, math.inf)
+        farther = (stated.ulp + stated.beyond * argument.clamp(min=1)) * ulp_of(size, dtype)
+        bound = torch.where(argument <= stated.limit, bound, farther)
         return torch.where(torch.isfinite(result), bound, 0.0)
 
     def height(self, extents: Mapping[str, int]) -> int:

@@ -15,6 +15,7 @@ from flagtree.check.execute import fits
 from flagtree.check.points import kernel_of
 from flagtree.check.sparse import Expected, Sampled, Strays, elements, same_bits
 from flagtree.check.stated import Stated, stated_gpu
+from flagtree.check.upper_eager import Eager
 from flagtree.codegen.triton_points import Instances
 from flagtree.ir.evaluate import torch_dtype
 from flagtree.ir.program import Program
@@ -28,9 +29,10 @@ BLOCKS = 5
 
 def run_blocks(
     program: Program, built: BuiltKernel, symbols: Mapping[str, int], seed: int, count: int = BLOCKS,
-    orders: Sequence[str] = emulator.ORDERS, seconds: float = 120, stated: Stated | None = None,
+    orders: Sequence[str] = emulator.ORDERS, seconds: float = 120, stated: Stated | None = None, eager: Eager | None = None,
 ) -> Sampled:  # fmt: skip
-    """Execute `count` blocks of the isolated kernel `program`, built by `toolchain.maca`, in each variant and each of `orders`.
+    """Execute `count` blocks of the isolated kernel `program`, built by `toolchain.maca`, in each variant and each of `orders`; `eager`
+    computes some of their rows.
 
     Raises Strays when a block writes what is not its to write or bits differ; ToolchainError as `emulator.execute_in` does; IRError for
     a kernel whose stores accumulate.
@@ -50,7 +52,7 @@ def run_blocks(
         spans = [(elements(b, symbols), torch_dtype(b.dtype)) for b in program.buffers]
         with SparseMemory(spans, shift=0 if variant == "aligned" else 1) as memory:
             flat = {b.name: memory.tensors[i] for i, b in enumerate(program.buffers)}
-            expected = Expected(program, symbols, flat, columns, seed, stated)
+            expected = Expected(program, symbols, flat, columns, seed, stated, eager if first is None else None)
             run = partial(emulator.execute_in, built, variant, memory, values, blocks, seconds=seconds)
             ours = _in_all_orders(memory, expected, run, orders, variant)
             found = expected.sampled(ours, f"blocks {_listed(blocks)} of {grid}", tuple(variants))

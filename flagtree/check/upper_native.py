@@ -16,6 +16,7 @@ from flagtree.check.execute import Differs, Executor
 from flagtree.check.points import count, kernel_of, some_points
 from flagtree.check.sparse import Expected, Sampled, elements, same_bits
 from flagtree.check.stated import Stated
+from flagtree.check.upper_eager import Eager
 from flagtree.errors import FlagtreeError
 from flagtree.ir.evaluate import torch_dtype
 from flagtree.ir.program import Program
@@ -33,10 +34,11 @@ class TooLarge(FlagtreeError):
 
 
 def run_native(
-    program: Program, built: BuiltKernel, executor: Executor, symbols: Mapping[str, int], seed: int, stated: Stated
-) -> Sampled:
-    """Execute the whole kernel at each level that this CPU has.  Raises TooLarge before anything is allocated; Differs when levels give
-    different bits or memory around a buffer changes."""
+    program: Program, built: BuiltKernel, executor: Executor, symbols: Mapping[str, int], seed: int, stated: Stated,
+    eager: Eager | None = None,
+) -> Sampled:  # fmt: skip
+    """Execute the whole kernel at each level that this CPU has; `eager` computes some rows.  Raises TooLarge before anything is
+    allocated; Differs when levels give different bits or memory around a buffer changes."""
     kernel = kernel_of(program)
     points = count(kernel, symbols)
     inner = math.prod(a.extent.evaluate(symbols) for a in kernel.axes if a.kind == "reduce")
@@ -50,7 +52,7 @@ def run_native(
     for level in levels:
         flat = {b.name: _zeros(elements(b, symbols), torch_dtype(b.dtype)) for b in program.buffers}
         inside = {name: memory[GUARD : len(memory) - GUARD] for name, memory in flat.items()}
-        expected = Expected(program, symbols, inside, chosen, seed, stated)
+        expected = Expected(program, symbols, inside, chosen, seed, stated, eager if first is None else None)
         executor.native(built.digest, level, list(inside.values()), list(symbols.values()))
         for name, memory in flat.items():
             if bool(memory[:GUARD].view(torch.uint8).any()) or bool(memory[len(memory) - GUARD :].view(torch.uint8).any()):

@@ -20,7 +20,7 @@ from flagtree.check.rebuild import Rebuilt, rebuild
 from flagtree.check.regimes import ORDINARY
 from flagtree.check.stored import stored_subjects
 from flagtree.check.summary import label
-from flagtree.errors import BundleError, UntrustedBundle
+from flagtree.errors import BundleError, ToolchainError, UntrustedBundle
 from flagtree.progress import SILENT, Progress
 from flagtree.targets import find_target
 
@@ -31,7 +31,8 @@ FORMAT = 1
 class KernelRow:
     """One distinct kernel.  Errors in ULP of the output type against float64, ordinary inputs, None where no float is stored; shares of
     elements equal to the interpreter's and to eager's, all inputs, None where nothing was compared.  `runs`: executed, `left_out`: not,
-    with the reasons.  `gate`: what every element had to be.  `verdict`: pass, fail or not executed."""
+    with the reasons.  `alone`: runs at the upper end without eager, with the reasons.  `gate`: what every element had to be.
+    `verdict`: pass, fail or not executed."""
 
     digest: str
     name: str
@@ -39,6 +40,7 @@ class KernelRow:
     executed: tuple[str, ...]
     runs: int
     left_out: tuple[str, ...]
+    alone: tuple[str, ...]
     max_ulp: float | None
     mean_ulp: float | None
     equal_to_interpreter: float | None
@@ -75,7 +77,8 @@ def verify_bundle(
     """Execute every kernel of the bundle at `path` in the long form and write its certificate anew.
 
     `trust`: the digest that the user vouches for; `again`: build the kernels again and compare bytes; `jobs`: threads and processes.
-    Raises BundleError for a bundle that is not whole, lacks its certificate or was not built by this release; UntrustedBundle.
+    Raises BundleError for a bundle that is not whole, lacks its certificate or was not built by this release; UntrustedBundle;
+    ToolchainError for a tool that fails, and where nothing can be executed.  The bundle is then as it was.
     """
     progress.phase("checking")
     bundle = open_bundle(path)
@@ -91,6 +94,9 @@ def verify_bundle(
     subjects = [replace(s, built=code, unbuilt=why) for s, (code, why) in zip(subjects, codes, strict=True)]
     libraries = {level: bundle.library(level) for level in bundle.manifest.libraries} or None
     evidence = examine(subjects, target, form=LONG, libraries=libraries, jobs=jobs, progress=progress)
+    if evidence.kernels and not evidence.executed:
+        reasons = dict.fromkeys(str(record.get("not_executed", "")) for record in evidence.kernels.values())
+        raise ToolchainError("nothing of the bundle can be executed here", where=str(path), why="; ".join(reasons))
     rebuilt = None
     if again:
         progress.phase("building again", len(subjects))
@@ -120,6 +126,8 @@ def _row(subject: Subject, record: Mapping[str, Any]) -> KernelRow:
     every = [out for _, out in outputs]
     gates = list(dict.fromkeys(str(out["gate"]) for out in every if "gate" in out))
     left_out = dict.fromkeys(f"{run['inputs']['upper_end']} at the upper end: {run['not_run']}" for run in runs if "not_run" in run)
+    without = [(run["inputs"]["upper_end"], out["eager"]) for run in done for out in run["outputs"].values() if "eager" in out]
+    alone = dict.fromkeys(f"{end} at the upper end: {why}" for end, why in without)
     faults: Sequence[str] = record.get("faults", ())
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     return KernelRow(
@@ -129,6 +137,7 @@ def _row(subject: Subject, record: Mapping[str, Any]) -> KernelRow:
         executed=tuple(record["executed"]),
         runs=len(done),
         left_out=tuple(left_out),
+        alone=tuple(alone),
         max_ulp=max((out["max_ulp"] for out in plain), default=None),
         mean_ulp=_mean(plain, "mean_ulp"),
         equal_to_interpreter=_mean(every, "equal_to_interpreter"),
@@ -142,6 +151,7 @@ def _row(subject: Subject, record: Mapping[str, Any]) -> KernelRow:
 
 def _mean(outputs: Sequence[Mapping[str, Any]], name: str) -> float | None:
     """The mean over elements of what each output states."""
-    stated = [(out[name], out["elements"]) for out in outputs if name in out]
+    counted = "elements_with_eager" if name == "equal_to_eager" else "elements"
+    stated = [(out[name], out.get(counted, out["elements"])) for out in outputs if name in out]
     total = sum(count for _, count in stated)
     return sum(value * count for value, count in stated) / total if total else None

@@ -80,6 +80,8 @@ def print_report(report: VerifyReport, console: Console) -> None:
     left_out = [r for row in report.kernels for r in row.left_out] + [r.why for r in report.kernels if r.verdict == "not executed"]
     for reason in dict.fromkeys(left_out):
         facts.add_row("left out", Text(reason))
+    for reason in dict.fromkeys(f"{row.name}, {reason}" for row in report.kernels for reason in row.alone):
+        facts.add_row("eager", Text(reason))
     for reason in dict.fromkeys(row.eager for row in report.kernels if row.eager not in ("", "compared")):
         facts.add_row("eager", Text(reason))
     if report.rebuilt is not None:
@@ -91,11 +93,14 @@ def print_report(report: VerifyReport, console: Console) -> None:
 
 def _rebuilt(report: VerifyReport) -> str:
     assert report.rebuilt is not None
+    total = sum(report.rebuilt.compared.values())
     if not report.rebuilt.differs:
-        return f"{report.rebuilt.compared} files, all with the same bytes"
+        kinds = ", ".join(f"{count} of {kind}" for kind, count in report.rebuilt.compared.items() if count)
+        taken = f"; {len(report.rebuilt.inputs)} files that these come from were taken as they are" if report.rebuilt.inputs else ""
+        return f"{total} files ({kinds}), all with the same bytes{taken}"
     changed = "; ".join(f"{name} {there} then, {here} now" for name, (there, here) in report.rebuilt.changed.items())
     why = f" ({changed})" if changed else " (with the same versions)"
-    return f"{len(report.rebuilt.differs)} of {report.rebuilt.compared} differ: {', '.join(report.rebuilt.differs)}{why}"
+    return f"{len(report.rebuilt.differs)} of {total} differ: {', '.join(report.rebuilt.differs)}{why}"
 
 
 def _number(value: float | None) -> str:

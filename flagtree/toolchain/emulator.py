@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Union
 
-from flagtree.errors import ToolchainError
+from flagtree.errors import KernelFault, ToolchainError
 from flagtree.toolchain.emulator_ir import to_host
 from flagtree.toolchain.emulator_memory import PROMISED, Memory
 from flagtree.toolchain.emulator_session import Session, current, missing
@@ -74,7 +74,7 @@ class Emulated:
 
         `order` ("forward", "reverse", "random:<seed>") is the order of blocks, warps and lanes; forward puts each tensor right before
         inaccessible memory, reverse right after it.  `shared` bytes are accessible.  `exact`: give no alignment beyond the element's.
-        Raises ToolchainError: an access outside every tensor, threads that wait for each other, a division by zero, no end in time.
+        Raises KernelFault: an access outside every tensor, threads that wait for each other, a division by zero, no end in time.
         """
         memory, contents, run = self.execute(grid, warps, arguments, blocks, order, shared, exact, seconds)
         memory.store(contents)
@@ -141,7 +141,7 @@ class Emulated:
         """Raise what the report says."""
         code, place = answer["code"], f"{self.function}, block ({answer['x']}, {answer['y']}, {answer['z']})"
         if code == 1:
-            raise ToolchainError(
+            raise KernelFault(
                 "the threads of a block wait for each other in an emulated kernel", where=place,
                 why=f"thread {answer['thread']} is {_STATES[answer['state']]} (place {answer['site']}), "
                     f"thread {answer['other_thread']} {_STATES[answer['other_state']]} (place {answer['other_site']})",
@@ -154,11 +154,11 @@ class Emulated:
                 if answer["signal"] == 11
                 else ""
             )
-            raise ToolchainError(
+            raise KernelFault(
                 f"an emulated kernel did {what}", where=f"{place}, thread {answer['thread']}", why=at, hint="a mask or an index is wrong"
             )
         if code == 3:
-            raise ToolchainError(
+            raise KernelFault(
                 "an emulated kernel wrote past its shared memory", where=place, why=f"byte {answer['address']} of {shared}"
             )
         if code:
@@ -273,7 +273,7 @@ def execute_built(
         memory, contents, run = kernel.execute(grid, launch["warps"], arguments, blocks, order, shared, variant == "generic", seconds)
         if runs and contents != first:
             changed = [r.members for r, a, b in zip(memory.regions, first, contents, strict=True) if a != b]
-            raise ToolchainError(
+            raise KernelFault(
                 f"the emulated kernel {kernel.function} gives other bits in another order of threads",
                 why=f"{orders[0]} and {order} differ in argument {changed}",
                 hint="two threads race: a barrier is missing, or a combiner gives other bits when its operands change places",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flagtree.errors import ToolchainError
+from flagtree.errors import KernelFault, ToolchainError
 
 if TYPE_CHECKING:
     import torch
@@ -93,7 +93,7 @@ class Memory:
                 image.numpy().tofile(file)
 
     def read(self) -> list[bytes]:
-        """The bytes of each region.  Raises ToolchainError when the pattern around one was overwritten."""
+        """The bytes of each region.  Raises KernelFault when the pattern around one was overwritten."""
         found = []
         data = self.path.read_bytes()
         for region in self.regions:
@@ -101,7 +101,7 @@ class Memory:
             end = region.start + region.length
             for name, margin in (("before", pages[: region.start]), ("after", pages[end:])):
                 if margin.strip(_EMPTY):
-                    raise ToolchainError(
+                    raise KernelFault(
                         f"an emulated kernel wrote {name} argument {' or '.join(map(str, region.members))}",
                         hint="a mask or an index is wrong",
                     )

@@ -21,7 +21,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flagtree.errors import ToolchainError
+from flagtree.errors import KernelFault, ToolchainError
+
+COMPILE = 60.0  # seconds for one call of the C compiler, which makes the runtime and links kernels
+_HINT = "it needs a C compiler that works: set FLAGTREE_CXX to one"
 
 
 class Session:
@@ -40,7 +43,12 @@ class Session:
             [sys.executable, "-P", str(here.with_name("emulator_worker.py"))],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
         )  # fmt: skip
-        self.request({"runtime": str(here.with_name("emulator_runtime.c")), "compiler": _compiler(), "folder": str(self.folder)}, 120)
+        runtime = str(here.with_name("emulator_runtime.c"))
+        try:
+            self.request({"runtime": runtime, "compiler": _compiler(), "folder": str(self.folder), "seconds": COMPILE}, 30 + COMPILE)
+        except ToolchainError:
+            self.close()
+            raise
 
     def new_file(self) -> Path:
         """A path that no other run of this session uses."""
@@ -51,7 +59,9 @@ class Session:
         return self.owner == os.getpid() and self._process.poll() is None
 
     def request(self, message: Mapping[str, object], seconds: float) -> dict[str, Any]:
-        """One request, one answer.  Raises ToolchainError when the process fails, dies or does not answer in time."""
+        """One request, one answer.  Raises KernelFault when a kernel ends the process or does not end in time, ToolchainError when the
+        process fails, dies or does not answer."""
+        running = message.get("do") == "run"
         with self._lock:
             try:
                 line = self._exchange(json.dumps(message).encode() + b"\n", seconds)
@@ -60,15 +70,17 @@ class Session:
                 raise
         if line is None:
             self.close()
-            raise ToolchainError(
-                "an emulated kernel does not end", why=f"no answer within {seconds:g} s", hint="run fewer blocks or smaller shapes"
-            )
+            if running:
+                hint = "run fewer blocks or smaller shapes"
+                raise KernelFault("an emulated kernel does not end", why=f"no answer within {seconds:g} s", hint=hint)
+            raise ToolchainError("the emulator does not get ready", why=f"no answer within {seconds:g} s", hint=_HINT)
         if not line:
             code = self._process.wait()
-            raise ToolchainError("the emulator's process died", why=f"exit status {code}: {self._stderr()}")
+            kind = KernelFault if running else ToolchainError
+            raise kind("the emulator's process died", why=f"exit status {code}: {self._stderr()}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise ToolchainError("the emulator failed", why=answer["error"])
+            raise ToolchainError("the emulator failed", why=answer["error"], hint=_HINT)
         return answer
 
     def _exchange(self, line: bytes, seconds: float) -> bytes | None:

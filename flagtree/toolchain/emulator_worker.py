@@ -35,10 +35,10 @@ def processor() -> str:
 
 
 class Worker:
-    def __init__(self, runtime: str, compiler: list[str], folder: str) -> None:
+    def __init__(self, runtime: str, compiler: list[str], folder: str, seconds: float) -> None:
         from triton._C import libtriton
 
-        self.folder, self.compiler, self.llvm = Path(folder), compiler, libtriton.llvm
+        self.folder, self.compiler, self.seconds, self.llvm = Path(folder), compiler, seconds, libtriton.llvm
         self.llvm.init_targets()
         library = ctypes.CDLL(libtriton.__file__)
         if hasattr(library, "LLVMInitializeX86Target"):  # 3.9 leaves the host's back end out of init_targets
@@ -54,7 +54,10 @@ class Worker:
         self.kernels: dict[str, ctypes.CDLL] = {}
 
     def call(self, command: list[str]) -> None:
-        done = subprocess.run(command, capture_output=True, text=True)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=self.seconds, errors="replace")
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"{command[0]} did not finish within {self.seconds:g} s") from None
         if done.returncode:
             raise RuntimeError(f"{command[0]} failed: {done.stderr.strip()[-2000:]}")
 
@@ -111,7 +114,7 @@ def main() -> None:
         request = json.loads(line)
         try:
             if worker is None:
-                worker, answer = Worker(request["runtime"], request["compiler"], request["folder"]), {}
+                worker, answer = Worker(*(request[name] for name in ("runtime", "compiler", "folder", "seconds"))), {}
             else:
                 answer = worker.load(request) if request["do"] == "load" else worker.run(request)
         except Exception as error:

@@ -92,6 +92,19 @@ COUNT = """program count
     store y[i0] = v2
   outputs y
 """
+ADDED = """program added
+  symbol s0 in 2..64 from dim x 0
+  buffer at: i64[s0] input
+  buffer x: f32[s0, 8] input
+  buffer y: f32[5, 8] state
+  kernel added {i0 < s0, i1 < 8} numerics(eager, contract=off, acc=f32)
+    ops "aten.embedding_dense_backward.default"
+    v0: i64 = load at[i0]
+    v1: f32 = load x[i0, i1]
+    v2: f32 = mul v1, 0.1
+    store.add y[v0, i1] = v2
+  outputs y
+"""
 TRANSPOSE = """program transpose
   buffer x: f32[6, 6] input
   buffer y: f32[6, 6] temp
@@ -125,6 +138,7 @@ RIGHT: dict[str, tuple[str, Eager | None]] = {
     "pad": (PAD, pad),
     "rows": (ROWS, rows),
     "count": (COUNT, lambda t, s: {"b1": (t["b0"] * 3).sum(-1)}),
+    "added": (ADDED, lambda t, s: {"b2": t["b2"].index_add(0, t["b0"], t["b1"] * 0.1)}),
     "transpose": (TRANSPOSE, lambda t, s: {"b1": t["b0"].t().contiguous()}),
 }
 # what is wrong -> (kernel, text to replace, replacement)
@@ -138,6 +152,7 @@ WRONG = {
     "another value outside": ("pad", "else 0.5", "else 0.0"),
     "cache row one too far": ("rows", "v1: i64 = index i1", "v1: i64 = index i1 + 1"),
     "an integer constant": ("count", "mul v0, 3", "mul v0, 2"),
+    "another factor of what is added": ("added", "mul v1, 0.1", "mul v1, 0.10001"),
     "swapped indices": ("transpose", "load x[i1, i0]", "load x[i0, i1]"),
 }
 
@@ -184,6 +199,7 @@ def test_right_kernels_pass_at_every_level_of_this_cpu(right: dict[str, Subject]
     assert found["equal_to_interpreter"] > 0.99
     assert 0 < found["rms"] <= 4 * found["rms_eager"] + 1e-6 * found["mean_magnitude"]
     assert 0.25 < found["mean_ulp"] < 1 <= found["max_ulp"] < 4
+    assert evidence.kernels[right["added"].digest]["runs"][1]["outputs"]["b2"]["gate"] == "stated error"
 
 
 def test_the_evidence_is_deterministic_json_that_a_certificate_carries(right: dict[str, Subject]) -> None:

@@ -15,6 +15,7 @@ from flagtree.check.regimes import KINDS
 from flagtree.check.stated import Stated, gamma, stated_native
 from flagtree.codegen.triton_math import Error
 from flagtree.ir.canonical import isolate
+from flagtree.ir.evaluate import torch_dtype
 from flagtree.ir.program import Kernel, Program
 from flagtree.ir.sample import stores_at
 from flagtree.ir.text import parse_program
@@ -141,3 +142,50 @@ def test_a_missing_rounding_lies_outside() -> None:
     found, own, _ = run(body, stated_native())
     _, without, _ = run("bf16 e: f32 = exp l0; v: f32 = mul e, l1; out: bf16 = cast v", stated_native())
     assert inside(found, own) and not inside(found, without)
+
+
+ADDED = """program added
+  buffer at: i64[200] input
+  buffer x: D[200, 4] input
+  buffer y: D[20, 4] state
+  buffer z: D[200, 4] temp
+  kernel k {i0 < 200, i1 < 4} numerics(eager, contract=off, acc=f32)
+    v0: i64 = load at[i0]
+    v1: D = load x[i0, i1]
+    store.MODE y[v0, i1] = v1
+    store z[i0, i1] = v1
+  outputs y, z
+"""
+
+
+@pytest.mark.parametrize(("dtype", "mode"), [("f32", "add"), ("bf16", "add"), ("f64", "add"), ("i64", "add"), ("f32", "max")])
+def test_stores_that_accumulate_in_any_order(dtype: str, mode: str) -> None:
+    """Each order of adding, rounded after each step, lies within; values that are lost or added twice do not."""
+    parsed = parse_program(ADDED.replace(": D", f": {dtype}").replace("MODE", mode))
+    alone = isolate(parsed, parsed.steps[0])  # type: ignore[arg-type]
+    torch.manual_seed(4)
+    kind = torch_dtype(dtype)
+    at, start = torch.randint(0, 20, (200,)), torch.randn(20, 4).mul(8).to(kind)
+    at[:3] = 7  # one row is hit several times for sure
+    x = (torch.randn(200, 4).abs() * 8 + 1).to(kind)
+    given = {"b0": at, "b1": x, "b2": start.clone(), "b3": torch.zeros(200, 4, dtype=kind)}
+    found = enclose(alone.program, alone.kernel, given, {}, all_points(alone.kernel, {}), EXACT)
+
+    def stored(order: torch.Tensor) -> torch.Tensor:
+        y = start.clone()
+        for i in order.tolist():
+            y[at[i]] = y[at[i]] + x[i] if mode == "add" else torch.maximum(y[at[i]], x[i])
+        return y.flatten()
+
+    def faults(values: torch.Tensor) -> tuple[str, ...]:
+        return judge(dtype, values, values, values.double(), None, found["b2"], ordinary=False).faults
+
+    assert torch.equal(start, given["b2"])
+    orders = [torch.arange(200), torch.arange(200).flip(0), torch.randperm(200)]
+    assert not any(faults(stored(order)) for order in orders)
+    assert found["b2"].exact == (mode == "max" or dtype == "i64") and found["b3"].exact
+    assert torch.equal(found["b3"].low, x.flatten()) and torch.equal(found["b2"].offsets, torch.arange(80))
+    if mode == "add":
+        assert faults(stored(orders[0][3:])) and faults(stored(torch.cat([orders[0], orders[0][:3]])))
+    else:
+        assert faults(stored(orders[0]) - 1)

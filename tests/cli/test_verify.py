@@ -12,6 +12,7 @@ import pytest
 from flagtree.artifact.bundle import open_bundle, write_bundle, write_certificate
 from flagtree.artifact.trust import record_built
 from flagtree.check.stored import FACTS, TEXT, Description, kernel_files
+from flagtree.codegen.launch import launch_list
 from flagtree.ir.canonical import Isolated, digest, isolate
 from flagtree.ir.program import Kernel, Origin
 from flagtree.ir.text import parse_program
@@ -71,19 +72,21 @@ def code(key: str, text: str, target: str) -> tuple[BuiltKernel, dict[str, bytes
 
 @pytest.fixture
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
-    """A bundle of one kernel; `built_from`: the text that is compiled instead of its own, as a wrong compiler would."""
+    """A bundle of one kernel; `built_from`: the text that is compiled instead of its own, as a wrong compiler would; `program`: stands
+    beside a launch list."""
     monkeypatch.setenv("FLAGTREE_CACHE_DIR", str(tmp_path / "store"))
 
     def build(text: str = TRIPLE, target: str = "cpu", built_from: str | None = None, trusted: bool = True, form: str = "b 1",
-              **changes: bytes | None) -> Path:  # fmt: skip
+              program: str | None = None, **changes: bytes | None) -> Path:  # fmt: skip
         about = described(text, target)
         key = digest(about.isolated.program)
         built, libraries = code(key, built_from or text, target)
         files = {**built.files, **kernel_files(about), **changes}
         built = replace(built, files={n: d for n, d in files.items() if d is not None})
         path = tmp_path / form
-        name = write_bundle(path, name="one", target=target, parts={}, kernels=[built], libraries=libraries, versions={"torch": "0.1"},
-                            certificate={"kernels": {}})  # fmt: skip
+        parts = {} if program is None else {"prefill": launch_list(parse_program(text), {about.kernel.name: (about.isolated, key)})}
+        name = write_bundle(path, name="one", target=target, parts=parts, kernels=[built], libraries=libraries, versions={"torch": "0.1"},
+                            certificate={"kernels": {}}, programs={part: str(program) for part in parts})  # fmt: skip
         if trusted:
             record_built(name)
         return path
@@ -203,11 +206,27 @@ def test_building_again(flagtree: Flagtree, make: Make) -> None:
     found = json.loads(flagtree("verify", str(path), "--rebuild", "--json", "-j", "1").out)["rebuilt"]
     others = [f"kernels/{next(path.glob('kernels/*')).name}/{level}.o" for level in find_target("cpu").levels if level not in levels_]
     assert set(found["differs"]) <= {*others, *(f"lib/{level}.so" for level in find_target("cpu").levels if level not in levels_)}
-    assert found["compared"] >= 1 + 2 * len(levels_) and found["changed"]["torch"][0] == "0.1"
+    assert found["compared"]["kernels"] >= 1 + len(levels_) and found["compared"]["libraries"] >= len(levels_)
+    assert found["compared"]["launch lists"] == 0 and found["changed"]["torch"][0] == "0.1"
+    assert {Path(name).name for name in found["inputs"]} == {TEXT, FACTS}
     edited = make(form="edited", **{"kernel.cpp": b"// another compiler\n"})
     ended = flagtree("verify", str(edited), "--rebuild", "-j", "1")
     assert ended.code == 1 and f"differs: kernels/{next(edited.glob('kernels/*')).name}/kernel.cpp" in ended.err
     assert "torch 0.1 then" in " ".join(ended.out.split())
+
+
+def test_launch_lists_are_made_again(flagtree: Flagtree, make: Make) -> None:
+    again = ("--rebuild", "--json", "-j", "1")
+    found = json.loads(flagtree("verify", str(make(program=TRIPLE)), *again).out)["rebuilt"]
+    assert found["compared"]["launch lists"] == 1 and "launch/prefill.ir" in found["inputs"]
+    assert not any(name.startswith("launch/") or name.endswith(TEXT) for name in found["differs"])
+    other = flagtree("verify", str(make(form="other", program=TRIPLE.replace("3.0", "5.0"))), *again)
+    differs = json.loads(other.out)["rebuilt"]["differs"]
+    assert other.code == 1 and "launch/prefill.json" in differs and any(name.endswith(f"/{TEXT}") for name in differs)
+    path = make(form="nonsense", program="nonsense")
+    before = content(path)
+    ended = flagtree("verify", str(path), *again)
+    assert ended.code == 2 and "program of a part is not valid" in ended.err and content(path) == before
 
 
 def test_a_single_file(flagtree: Flagtree, make: Make) -> None:

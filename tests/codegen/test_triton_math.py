@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from flagtree.codegen.triton_math import ERRORS
 from flagtree.ir.canonical import digest, isolate
 from flagtree.ir.parse import parse_program
 from flagtree.toolchain.emulator import execute_built, missing
@@ -103,6 +104,18 @@ def test_accuracy_of_two_arguments() -> None:
     found = _execute({}, {op: k for k, op in enumerate(BINARY)}, pairs)
     measured = {op: _ulps(found[op], _truth(op, pairs[2 * k], pairs[2 * k + 1]), 0) for k, op in enumerate(BINARY)}
     assert {op: u for op, u in measured.items() if u > BINARY[op][2]} == {}
+
+
+def test_powers_beyond_the_domain_of_the_constant_bound() -> None:
+    generator = torch.Generator().manual_seed(3)
+    x, y = (torch.rand(N, generator=generator) * 2.7 + 0.3), (torch.rand(N, generator=generator) - 0.5) * 140
+    found = _execute({}, {"pow": 0}, [x, y])["pow"]
+    truth = _truth("pow", x, y)
+    kept = truth < 3e38  # smaller ones than 2^-126 are denormal and measured in steps of 2^-149
+    step = torch.nextafter(truth.float(), torch.tensor(math.inf)).double() - truth.float().double()
+    error = ((found.double() - truth).abs() / step)[kept]
+    stated = ERRORS["pow"]
+    assert float((error / (stated.ulp + stated.beyond * y[kept].abs())).max()) < 1 and float(error.max()) > stated.ulp
 
 
 @pytest.mark.parametrize("kind", ["unary", "binary"])
