@@ -15,7 +15,7 @@ import torch
 
 from flagtree.runtime.expand import Declared
 from flagtree.runtime.frame import Frame, empty_strided_cpu
-from flagtree.runtime.prepare import Allocate, Launch
+from flagtree.runtime.prepare import Allocate, Launch, Prepared
 
 Function = Callable[..., Any]  # takes the inputs; None where it leaves the call to `Frame.run`
 
@@ -39,20 +39,12 @@ class _Address(int):
 def whole_call(frame: Frame, inputs: Sequence[Declared]) -> Function | None:
     """The frame as one function over `inputs`, which it then has for itself; None where a call needs more than addresses."""
     prepared = frame.prepared
-    library = getattr(prepared.library, "shared", None)
-    steps, fresh = prepared.steps, prepared.homes.fresh
-    launches = [s for s in steps if isinstance(s, Launch) and s.above is None]
-    if library is None or prepared.symbols or not launches or any(not isinstance(s, Launch) for s in steps if not isinstance(s, Allocate)):
+    sources, library = _sources(prepared, inputs), getattr(prepared.library, "shared", None)
+    entry = None if library is None else _entry(library)
+    if sources is None or entry is None:
         return None
-    sources = {b.name: k for k, b in enumerate(inputs)} | {name: len(inputs) + k for k, name in enumerate(fresh)}
-    if len(launches) + len(fresh) != len(steps) or any(b.role in ("scalar", "opaque") for b in inputs):
-        return None
-    outputs = prepared.program.outputs
-    if not all(name is None or (isinstance(name, str) and name in sources) for name in outputs):
-        return None
-    entry = _entry(library)
-    if entry is None:
-        return None
+    fresh, outputs = prepared.homes.fresh, prepared.program.outputs
+    launches = [s for s in prepared.steps if isinstance(s, Launch)]
     words = array("q", [n for name, k in sources.items() for at, offset in frame.positions(name) for n in (at, k, offset)])
     block, numbers = frame.words.buffer_info()[0], frame.numbers.buffer_info()[0]
     calls = array("q", [n for s in launches for n in (_function_address(s.kernel), block + s.pointers, numbers + s.symbols)])
@@ -66,6 +58,15 @@ def whole_call(frame: Frame, inputs: Sequence[Declared]) -> Function | None:
     address = _Address(_start(fields))
     address.keeps = (frame, layouts, objects, made, words, calls, results, python, fields, method)
     return _builtin()(ctypes.addressof(method), address, None)
+
+
+def _sources(prepared: Prepared, inputs: Sequence[Declared]) -> dict[str, int] | None:
+    """Buffers that a call brings (arguments, then new tensors) by number; None for a launch list that is more than kernels over them."""
+    plain = all(isinstance(s, Allocate) or (isinstance(s, Launch) and s.above is None) for s in prepared.steps)
+    if prepared.symbols or not plain or any(b.role in ("scalar", "opaque") for b in inputs):
+        return None
+    sources = {name: k for k, name in enumerate((*(b.name for b in inputs), *prepared.homes.fresh))}
+    return sources if all(o is None or (isinstance(o, str) and o in sources) for o in prepared.program.outputs) else None
 
 
 def _entry(library: ctypes.CDLL) -> tuple[array, int] | None:
