@@ -192,8 +192,8 @@ def _prepare(folder: Path) -> None:
 
 def _cells(values: Sequence[float], other: Sequence[float]) -> list[str]:
     middle = statistics.median(values)
-    ratio = statistics.median(other) / middle if middle else float("inf")
-    return [f"{middle:.2f}", f"{min(values):.2f} to {max(values):.2f}", f"{ratio:.1f}"]
+    base = statistics.median(other)
+    return [f"{middle:.2f}", f"{min(values):.2f} to {max(values):.2f}", f"{base / middle:.1f}" if base and middle else ""]
 
 
 def _table(found: Mapping[tuple[str, str], list[float]], names: Sequence[str], columns: Mapping[str, str]) -> str:
@@ -247,7 +247,7 @@ def report(calls: Found, answers: Found, repeats: int) -> str:
         _table(calls, COMPILERS, {"cold all": "cold", "warm all": "warm"}),
         "## The compiler's own share of it",
         "Inductor's without AOTAutograd; flagtree traces by itself, so all since Dynamo has handed the graph over.  "
-        "Warm, each of them finds its result in its cache.",
+        "Warm, flagtree finds its result in its store; Inductor's share is not called at all, since AOTAutograd's cache keeps what it made.",
         _table(calls, COMPILERS[1:], {"cold own": "cold", "warm own": "warm"}),
         "## From `import torch` to the first logits",
         "Every cache warm, weights read from one safetensors file.  `weights`: until the model, or the bundle, and its weights are there.",

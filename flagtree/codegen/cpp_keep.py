@@ -45,7 +45,8 @@ def row_size(layout: Layout) -> int | None:
 
 def sweeps(layout: Layout, body: Sequence[BodyOp]) -> list[Sweep]:
     """What each sweep executes for one piece's body."""
-    stored = {op.value: op for op in body if isinstance(op, Store) and _can_be_read_back(layout, op)}
+    computed = {op.name for op in body if isinstance(op, Compute)}
+    stored = {op.value: op for op in body if isinstance(op, Store) and op.value in computed and _can_be_read_back(layout, op)}
     size = row_size(layout)
     budget = 0 if size is None else STACK_BYTES // (size * layout.widest)
     defining = {n: op for op in body for n in defined(op) if not isinstance(op, Reduce) and layout.is_swept(op)}
@@ -65,7 +66,7 @@ def sweeps(layout: Layout, body: Sequence[BodyOp]) -> list[Sweep]:
                 wanted = op.name in needed and op.name in defining
             if not wanted:
                 continue
-            if isinstance(op, Compute) and op.name in there and _cost(op.name, defining) >= STORED_WORTH:
+            if not isinstance(op, (Reduce, Store)) and op.name in there and _cost(op.name, defining) >= STORED_WORTH:
                 chosen.append(Load(op.name, op.dtype, stored[op.name].access, None))
                 continue
             if not isinstance(op, (Reduce, Store)):
@@ -89,7 +90,7 @@ def _can_be_read_back(layout: Layout, op: Store) -> bool:
     dtype = next(b.dtype for b in layout.kernel.buffers if b.name == buffer)
     alone = sum(isinstance(o, Store) and o.access.buffer == buffer for o in layout.kernel.body) == 1
     plain = op.mode == "set" and op.access.mask is None and layout.kernel.dtypes[op.value] == dtype and layout.lane_reduced
-    if not plain or not alone or layout.lane is None or layout.is_large(op):
+    if not plain or not alone or layout.lane is None or layout.is_large(op) or not layout.varies_in_lanes(op.value):
         return False
     return offset.coefficient(layout.lane.name) == ONE and not offset.names() & layout.kernel.dtypes.keys()
 

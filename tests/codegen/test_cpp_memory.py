@@ -98,6 +98,14 @@ def test_a_later_sweep_reads_what_an_earlier_one_stored(dtype: str, width: int) 
     assert "(b2 + " not in generate(isolate(program, program.steps[0]).program, "0" * 64).split("v4_all")[-1]
 
 
+def test_what_is_stored_along_lanes_but_equal_in_them_is_computed_again() -> None:
+    text = RESIDUAL.format(dtype="f32", width=70, rows=100).replace("{i0 < n0} reduce {r0 < 70}", "{i0 < n0} reduce {r1 < 3, r0 < 70}")
+    text = text.replace("[n0, 70]", "[n0, 3, 70]").replace("[i0, r0]", "[i0, r1, r0]").replace("over r0", "over r1, r0")
+    text = text.replace("load a[i0, r1, r0]", "load a[i0, r1, 0]").replace("load b[i0, r1, r0]", "load b[i0, r1, 1]")
+    a, b = randn(5, 3, 70), randn(5, 3, 70, seed=1)
+    check_exact(text, {"a": a, "b": b}, {"n0": 5})
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_sizes_and_misaligned_pointers(size: int) -> None:
     for dtype in ("f32", "bf16", "i64"):
