@@ -19,7 +19,7 @@ from flagtree.ir.text import parse_program
 from flagtree.passes.tiling import scheduled
 from flagtree.runtime.cpu import levels
 from flagtree.targets import find_target
-from flagtree.toolchain import cxx, emulator
+from flagtree.toolchain import cxx, emulator, emulator_session
 from flagtree.toolchain.base import BuiltKernel
 from flagtree.toolchain.build import toolchain_of
 from tests.check.test_certify import NORM
@@ -227,6 +227,43 @@ def test_launch_lists_are_made_again(flagtree: Flagtree, make: Make) -> None:
     before = content(path)
     ended = flagtree("verify", str(path), *again)
     assert ended.code == 2 and "program of a part is not valid" in ended.err and content(path) == before
+
+
+BROKEN = {  # a C++ compiler that says what it is, and then ...
+    "fails": ("echo 'fatal error: no such instruction' >&2; exit 1", "no such instruction"),
+    "hangs": ("exec sleep 600", "did not finish"),
+    "prints nonsense": ("echo usage; exit 0", ""),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+@pytest.mark.parametrize("target", ["cpu", pytest.param("metax", marks=EMULATED)])
+def test_a_toolchain_that_does_not_work(
+    flagtree: Flagtree, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, how: str
+) -> None:
+    """One error, exit code 2, and the bundle is as it was: no kernel is blamed for it."""
+    path = make(target=target)
+    before = content(path)
+    body, said = BROKEN[how]
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f"#!/bin/sh\ncase $1 in --version) echo g++ 12;; -dumpmachine) echo x86_64-linux-gnu;; *) {body};; esac\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("FLAGTREE_CXX", str(compiler))
+    monkeypatch.setattr(cxx, "TIMEOUT", 1.0)
+    monkeypatch.setattr(emulator_session, "COMPILE", 1.0)
+    if emulator_session._session is not None:
+        emulator_session._session.close()  # the next one is started with this compiler
+    ended = flagtree("verify", str(path), "-j", "1", *(["--rebuild"] if target == "cpu" else []))
+    assert ended.code == 2 and ended.out == "" and ended.err.count("error: ") >= 1 and said in ended.err, ended
+    assert "wrong:" not in ended.err and "Traceback" not in ended.err and content(path) == before
+
+
+def test_without_a_way_to_execute_nothing_is_certified(flagtree: Flagtree, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make()
+    before = content(path)
+    monkeypatch.setattr("flagtree.check.execute.levels", lambda: ())
+    ended = flagtree("verify", str(path), "-j", "1")
+    assert ended.code == 2 and "nothing of the bundle can be executed here" in ended.err and content(path) == before
 
 
 def test_a_single_file(flagtree: Flagtree, make: Make) -> None:
