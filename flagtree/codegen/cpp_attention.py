@@ -15,9 +15,19 @@ from flagtree.ir.attention import Form, group_of
 from flagtree.ir.index import Index
 from flagtree.ir.program import Buffer, Program
 
-ROWS = 32  # rows of an instance: their sums stay in the second-level cache, and a key is read once for all of them
+ROWS = 64  # rows of an instance: their sums stay in the second-level cache, and a key is read once for all of them
+FEW = 16  # rows up to which turning a block of keys over costs more than it saves
 _PARTIALS = 16
 _STEP = {"f32": _PARTIALS, "bf16": 2 * _PARTIALS}  # elements that one step along a head takes
+_NAN = {"f32": "__builtin_nanf(\"\")", "bf16": "0x7fc0"}
+_STEPS = {"f32": 7, "bf16": 3}  # steps whose sums fit the widest level's registers, for 4 rows
+
+
+# a position outside of the cache: eager refuses the call
+_OUTSIDE = (
+    "for (i64 r = 0; r < held; ++r)",
+    "  for (i64 e = 0; e < WIDTH && results[r] && !inside[r]; ++e) results[r][e] = NOT_A_NUMBER;",
+)
 
 
 def context(program: Program) -> dict[str, Any]:
@@ -29,7 +39,8 @@ def context(program: Program) -> dict[str, Any]:
     packed = form.kind == attention.PACKED
     group, key_heads = group_of(q, k), k.shape[1]
     tokens, sequences = (q.shape[0], Index.of(1)) if packed else (q.shape[2], q.shape[0])
-    width, step = v.shape[-1].constant or 0, _STEP[dtype]
+    depth, width, step = q.shape[-1].constant or 0, v.shape[-1].constant or 0, _STEP[dtype]
+    few = tokens.constant is not None and tokens.constant * group <= FEW
     symbols = [f"const i64 {s.name} = symbols[{n}];" for n, s in enumerate(program.symbols)]
     keys = k.shape[0] if packed else k.shape[2]
     blocks = f"(({tokens}) * {group} + {ROWS - 1}) / {ROWS}"
@@ -37,8 +48,12 @@ def context(program: Program) -> dict[str, Any]:
         "widest": 4, "partials": _PARTIALS, "clean_nans": 0, "symbols": symbols, "after": [], "decode": [], "advance": [], "threads": True,
         "definitions": [
             f"#define ELEMENT {ops.memory(dtype)}", f"#define TILE_DEPTH {step}", f"#define PART part_{dtype}",
-            f"#define STORE_STEP store_step_{dtype}", f"#define SCALE {form.scale!r}f", f"#define ROWS {ROWS}",
-            f"#define DEPTH {q.shape[-1]}", f"#define WIDTH {width}", f"#define WIDTH_PADDED {-(-width // step) * step}",
+            f"#define STORE_STEP store_step_{dtype}", f"#define NOT_A_NUMBER {_NAN[dtype]}",
+            f"#define SCALE {form.scale!r}f", f"#define ROWS {ROWS}",
+            f"#define LOAD(p, n) widen_{dtype}(load(p, n))", f"#define KEYS_ALONG_LANES {int(not few)}",
+            f"#define DEPTH {depth}", f"#define DEPTH_PADDED {_padded(depth, _PARTIALS)}",
+            f"#define WIDTH {width}", f"#define WIDTH_PADDED {_padded(width, step)}",
+            f"#define WIDE_STEPS {_steps(_padded(width, step) // step, _STEPS[dtype])}",
         ],
         "head": [
             *(f"const ELEMENT *const {n} = (const ELEMENT *)buffers[{_place(program, b)}];" for n, b in zip("qkv", (q, k, v), strict=True)),
@@ -50,6 +65,15 @@ def context(program: Program) -> dict[str, Any]:
         "body": _body(form, group, key_heads, (q, k, v, *where, out)),
         "count": f"{blocks} * ({key_heads}) * ({sequences})", "work": f"({tokens}) * ({q.shape[1]}) * ({sequences}) * ({keys}) * {width}",
     }  # fmt: skip
+
+
+def _padded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _steps(count: int, most: int) -> int:
+    """As many of `count` steps at a time as registers hold, so that none are left over where that can be."""
+    return max((n for n in range(1, most + 1) if count % n == 0 and n > most // 2), default=min(count, most))
 
 
 def _place(program: Program, buffer: Buffer) -> int:
@@ -69,9 +93,11 @@ def _body(form: Form, group: int, key_heads: Index, buffers: tuple[Buffer, ...])
         "const ELEMENT *queries[ROWS];",
         "ELEMENT *results[ROWS];",
         "i64 seen_from[ROWS], seen_to[ROWS], held = 0;",
+        *(("bool inside[ROWS];",) if form.kind == attention.CACHED else ()),
         f"for (i64 place = block * ROWS; place < (block + 1) * ROWS && place < tokens * {group}; ++place, ++held) {{",
         f"  const i64 token = place / {group}, head = key_head * {group} + place % {group};",
         *(f"  {line}" for line in _seen(form, where)),
+        *(("  inside[held] = seen_to[held] > token && seen_to[held] <= keys;",) if form.kind == attention.CACHED else ()),
         "  seen_to[held] = seen_to[held] < keys ? seen_to[held] : keys;",
         f"  queries[held] = q + {q_at};",
         f"  results[held] = out + {out_at};",
@@ -79,6 +105,7 @@ def _body(form: Form, group: int, key_heads: Index, buffers: tuple[Buffer, ...])
         "// whole tiles: rows that see nothing and are not stored",
         "for (; held % 4; ++held) queries[held] = queries[held - 1], results[held] = 0, seen_from[held] = seen_to[held] = 0;",
         f"attend_rows(queries, k + {k_at}, {k_row}, v + {v_at}, {v_row}, seen_from, seen_to, held, results);",
+        *(_OUTSIDE if form.kind == attention.CACHED else ()),
     ]
 
 

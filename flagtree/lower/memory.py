@@ -282,7 +282,7 @@ def _select_scatter(lowering: Lowering, call: Call) -> None:
 
 
 def _attention(lowering: Lowering, call: Call) -> None:
-    """flagtree.attention: the cache write becomes a kernel (it fuses with rotary), the rest is an extern that reads the caches."""
+    """flagtree.attention: the cache write becomes a kernel (it fuses with rotary), the rest a call (passes/attention.py)."""
     start = call.tensor(5)
     for name, (new, cache) in {"k": (1, 3), "v": (2, 4)}.items():
         source, target = call.tensor(new), call.tensor(cache)

@@ -16,6 +16,7 @@ from flagtree.passes.base import Fuel, Refused, Report
 from flagtree.targets.base import Target
 
 WIDTHS = (16, 256)  # elements of a head: below, a matrix instruction is mostly padding; above, a tile does not fit shared memory
+MANY = 16  # query heads of a key head from which the rows of one token are many
 
 
 @dataclass(frozen=True)
@@ -53,36 +54,54 @@ def _kernel(program: Program, step: Extern, target: Target) -> Kernel | str:
     form, names = _call(step)
     buffers = tuple(program.buffer(n) for n in (*names, step.outputs[0] or ""))
     q, k, v, out = *buffers[:3], buffers[-1]
-    case = _case(form, q)
-    if q.dtype not in target.attention.get(case, frozenset()) or not q.dtype == k.dtype == v.dtype == out.dtype:
+    if why := _misfit(form, buffers):
+        return why
+    case = _case(form, q, k)
+    if q.dtype not in target.attention.get(case, frozenset()):
         return f"{case} over {q.dtype}: the platform's library"
     if any(b.layout[-1].constant != 1 for b in (q, k, v, out)) or not out.is_contiguous:
         return "the elements of a head do not lie side by side"
     widths = q.shape[-1].constant, v.shape[-1].constant
-    if any(w is None or not WIDTHS[0] <= w <= WIDTHS[1] for w in widths) or not q.shape[1].constant or not k.shape[1].constant:
+    if any(w is None or not WIDTHS[0] <= w <= WIDTHS[1] for w in widths):
         return f"heads of {q.shape[-1]} and {v.shape[-1]} elements"
     schedule = tiles(form, q, k, v) if target.warp > 1 else None
     return attention.kernel(form, buffers, step.name, schedule, step.origins, (step.callee,))
 
 
 def _call(step: Extern) -> tuple[Form, tuple[str, ...]]:
-    """The form of a call, and its buffers but the result."""
+    """The form of a call, and its buffers but the result, whether operands are given by position or by name."""
     kind = attention.OPERATORS[step.callee]
-    given = dict(step.kwargs)
-    names = tuple(a.buffer for a in step.args if isinstance(a, Ref))
-    scale = float(given.get("scale", step.args[4] if len(step.args) > 4 else 1.0))  # type: ignore[arg-type]
-    further = given.get("window", given.get("causal", step.args[5] if len(step.args) > 5 else 0))
+    given = dict(zip(attention.SIGNATURES[kind], step.args, strict=False)) | dict(step.kwargs)
+    names = tuple(a.buffer for n in attention.SIGNATURES[kind][:4] if isinstance(a := given.get(n), Ref))
+    scale = float(given["scale"])  # type: ignore[arg-type]
     if kind == attention.CACHED:
-        return Form(kind, scale, window=int(further)), names  # type: ignore[arg-type]
+        return Form(kind, scale, window=int(given.get("window", 0))), names  # type: ignore[arg-type]
     if kind == attention.PACKED:
-        return Form(kind, scale, causal=bool(further)), names
+        return Form(kind, scale, causal=bool(given.get("causal", False))), names
     return Form(kind, scale, limited=len(names) == 4), names
 
 
-def _case(form: Form, q: Buffer) -> str:
+def _misfit(form: Form, buffers: tuple[Buffer, ...]) -> str:
+    """What the operator would have to refuse at run time, "" for nothing: a kernel looks at no sizes."""
+    q, k, v, *where, out = buffers
+    heads, key_heads = q.shape[1].constant, k.shape[1].constant
+    if not heads or not key_heads or heads % key_heads:
+        return f"{q.shape[1]} query heads over {k.shape[1]} key heads"
+    if not q.dtype == k.dtype == v.dtype == out.dtype:
+        return "queries, keys and values of several types"
+    packed = form.kind == attention.PACKED
+    same = [(q.shape[-1], k.shape[-1]), (q.shape[0], k.shape[0]), *zip(k.shape[:-1], v.shape[:-1], strict=True)]
+    same += [] if packed else [(q.shape[0], b.shape[0]) for b in where]
+    if any(a != b for a, b in same) or any(b.dtype not in (("i32", "i64") if packed else ("i64",)) for b in where):
+        return "sizes of queries and keys that may differ"
+    return ""
+
+
+def _case(form: Form, q: Buffer, k: Buffer) -> str:
     """What a target's facts call it (Target.attention)."""
     if form.kind == attention.CACHED:
-        return "a window" if form.window else "one token" if q.shape[2].constant == 1 else "several tokens"
+        one = "one token" if attention.group_of(q, k) <= MANY else "one token, many heads"
+        return "a window" if form.window else one if q.shape[2].constant == 1 else "several tokens"
     return "packed sequences" if form.kind == attention.PACKED else "some keys" if form.limited else "all keys"
 
 

@@ -44,7 +44,8 @@ class Driver:
 
 # every case of attention (passes/attention.py), where the language is Triton
 TRITON_ATTENTION = dict.fromkeys(
-    ("one token", "several tokens", "a window", "all keys", "some keys", "packed sequences"), frozenset({"bf16", "f16", "f32"})
+    ("one token", "one token, many heads", "several tokens", "a window", "all keys", "some keys", "packed sequences"),
+    frozenset({"bf16", "f16", "f32"}),
 )
 
 

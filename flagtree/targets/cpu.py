@@ -43,7 +43,10 @@ TARGETS = (
         aliases=("native-cpu",),
         levels=LEVELS,
         row_limit=1 << 30,  # rows are walked in sweeps, never held in one tile
-        attention=dict.fromkeys(("one token", "a window", "some keys", "packed sequences"), frozenset({"bf16", "f32"})),
+        attention={
+            "one token": frozenset({"bf16", "f32"}),
+            **dict.fromkeys(("one token, many heads", "a window", "some keys", "packed sequences"), frozenset({"f32"})),
+        },
         gemm_rows={
             "x86-64-v4": {"bf16": 4, "f16": 4, "f32": 40},
             "x86-64-v3": {"bf16": 4, "f16": 4, "f32": 16},
@@ -52,6 +55,7 @@ TARGETS = (
         dtypes=DTYPES,
         facts_from={
             "levels": "x86-64 psABI 1.0, section 3.1.1; Armv8-A baseline (NEON)",
+            "attention": "measured beside SDPA of torch 2.13, whose bf16 of many rows has AMX (docs/attention.md)",
             "gemm_rows": "measured beside oneDNN and MKL of torch 2.13 on a processor with AMX (docs/cpu.md, Templates); f32 of "
             "x86-64-v3 with MKL held to AVX2; aarch64 not measured; x86-64-v2 has no fused multiply-add",
         },

@@ -50,11 +50,23 @@ def test_attention_is_as_good_as_eager_at_every_level(name: str) -> None:
     assert_as_good_as_eager(call, execute(call, shift=len(name) % 3))
 
 
+def test_a_position_outside_of_the_cache_gives_nan() -> None:
+    """Eager refuses the call: nothing beyond the cache is read, rows within it are as ever, the others cannot be mistaken for numbers."""
+    call = make(CASES["prefill"][0], [3, 0], 4, 7)
+    call.tensors["where"].copy_(torch.tensor([5, -2]))
+    found = execute(call)
+    q, k, v = (call.tensors[n][:1] for n in "qkv")
+    want = torch.ops.flagtree.attend(q[:, :, :2], k, v, torch.tensor([5]), call.case.form.scale)
+    torch.testing.assert_close(found[:1, :2], want, rtol=2e-2, atol=2e-2)
+    assert found[0, 2:].isnan().all()
+    assert found[1].isnan().all()
+
+
 MUTATIONS = {
     "the causal mask": ("prefill", "seen_to[held] < keys ? seen_to[held] : keys", "keys"),
     "the window": ("sliding window", "seen_to[held] > 9 ? seen_to[held] - 9 : 0", "0"),
-    "the rescale": ("prefill", "if (rescale != 1.f)", "if (0)"),
-    "the running maximum": ("decode in fp32", "*highest = peak;", ""),
+    "the rescale": ("prefill", "if (rescale[i] != 1.f)", "if (0)"),
+    "the running maximum": ("decode in fp32", "highest[i] = peak;", ""),
     "the bounds": ("packed", "low > 0 && low < bounds", "low > 0 && low < bounds && (low = 1, 1)"),
 }  # fmt: skip
 

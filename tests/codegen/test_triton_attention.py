@@ -8,13 +8,16 @@ from dataclasses import replace
 import pytest
 import torch
 
+from flagtree.check.sparse import elements
 from flagtree.codegen.triton import TritonSource, generate
 from flagtree.ir.attention import CACHED, FULL, PACKED, Form, form_of
 from flagtree.ir.canonical import digest
+from flagtree.ir.evaluate import torch_dtype
 from flagtree.ir.interp import run_kernel
 from flagtree.targets import find_target
 from flagtree.toolchain.base import BuiltKernel
-from flagtree.toolchain.emulator import execute_built, missing
+from flagtree.toolchain.emulator import execute_built, execute_in, grid_of, missing
+from flagtree.toolchain.emulator_sparse import SparseMemory
 from tests.attention_programs import Call, Case, assert_as_good_as_eager, make
 from tests.scheduled import build_maca, build_triton
 
@@ -65,6 +68,19 @@ def test_emulated_attention_is_as_good_as_eager(name: str, built: dict[str, Buil
     assert torch.equal(*found)
 
 
+@emulated
+def test_a_position_outside_of_the_cache_gives_nan(built: dict[str, BuiltKernel]) -> None:
+    """Eager refuses the call: nothing beyond the cache is read, rows within it are as ever, the others cannot be mistaken for numbers."""
+    call = make(CASES["prefill"][0], [3, 0], 4, 7)
+    call.tensors["where"].copy_(torch.tensor([5, -2]))
+    found = execute(built["prefill"], "generic", call)
+    q, k, v = (call.tensors[n][:1] for n in "qkv")
+    want = torch.ops.flagtree.attend(q[:, :, :2], k, v, torch.tensor([5]), call.case.form.scale)
+    torch.testing.assert_close(found[:1, :2], want, rtol=2e-2, atol=2e-2)
+    assert found[0, 2:].isnan().all()
+    assert found[1].isnan().all()
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_text_means_what_eager_computes(name: str) -> None:
     call = make(*CASES[name])
@@ -96,12 +112,43 @@ def test_it_compiles_to_binaries(target: str, binary: str) -> None:
     assert not found.facts.get("spills")
 
 
+@emulated
+@pytest.mark.parametrize("variant", ["aligned", "generic"])
+def test_the_last_sequence_of_the_largest_call(variant: str) -> None:
+    """64 caches of 40 960 rows: the last ones lie beyond 2**31 elements, and only their first rows are there."""
+    case = Case(Form(CACHED, 0.09), heads=(8, 8), widths=(128, 128), tokens=1)
+    (whole,) = built_of(case)
+    call, alone = make(case, [30], 1, 31), case.isolated()
+    sizes = {"batch": 64, "context": 40960}
+    symbols = {f"n{k}": sizes[str(s)] for k, s in enumerate(alone.symbols)}
+    spans = [(elements(b, symbols), torch_dtype(b.dtype)) for b in alone.program.buffers]
+    assert max(count for count, _ in spans) > 1 << 31
+    with SparseMemory(spans, shift=0 if variant == "aligned" else 1) as memory:
+        flat = dict(zip(alone.buffers, memory.tensors, strict=True))
+        for name, rows in (("q", 1), ("k", 40960), ("v", 40960)):
+            flat[name][63 * 8 * rows * 128 :].view(8, rows, 128)[:, :31] = call.tensors[name][0]
+        flat["where"][63] = 30
+        grid = grid_of(whole, list(symbols.values()))
+        assert grid == [64 * 8, 1, 1]
+        execute_in(whole, variant, memory, list(symbols.values()), [(63 * 8 + head, 0, 0) for head in range(8)])
+        assert_as_good_as_eager(call, flat["out"][63 * 8 * 128 :].view(1, 1, 8, 128).clone())
+
+
+@pytest.mark.full
+@emulated
+def test_the_longest_cache() -> None:
+    case = Case(Form(CACHED, 0.09), heads=(4, 1), widths=(128, 128), tokens=1)
+    (whole,) = built_of(case)
+    call = make(case, [40959], 1, 40960)
+    assert_as_good_as_eager(call, execute(whole, "aligned", call))
+
+
 MUTATIONS = {
     "the causal mask": ("prefill", " & (key[None, :] <= position[:, None])", " & row_inside[:, None]"),
     "the window": ("sliding window", "        seen = seen & (key[None, :] > position[:, None] - 9)\n", ""),
     "the rescale of the sums": ("prefill", "sums * rescale[:, None]", "sums"),
     "the rescale of the total": ("prefill", "total * rescale", "total"),
-    "the running maximum": ("prefill", "tl.maximum(highest, tl.max(score, 1))", "tl.max(score, 1)"),
+    "the running maximum": ("prefill", "        highest = higher\n", ""),
     "the bounds": ("packed", " & (key[None, :] < row_end[:, None])", ""),
     "the lengths": ("some keys, 72 wide", "end = tl.where(end < keys, end, keys)", "end = keys"),
     "the padding of a head": ("all keys, fp32", "mask=key_inside[None, :] & d_inside[:, None]", "mask=key_inside[None, :]"),

@@ -1,6 +1,6 @@
 // Attention over rows of one key head: a block of keys at a time, with a running maximum; every key and value is read once for ROWS rows.
-// Row r sees the keys seen_from[r]..seen_to[r]-1.  A score has PARTIALS partial sums, joined by `tree`; an element of a result adds its
-// keys one after the other: the same at every level.
+// Row r sees the keys seen_from[r]..seen_to[r]-1.  A score has PARTIALS partial sums, joined by `tree` (few rows), or adds its products one
+// after the other (many rows: KEYS_ALONG_LANES); an element of a result adds its keys one after the other: the same at every level.
 //@ store_step_f32 store_step_bf16
 // what PART loads, back again
 INLINE void store_step_f32(f32 *p, const f32v *v, i64 n) {
@@ -13,7 +13,53 @@ INLINE void store_step_bf16(u16 *p, const f32v *v, i64 n) {
   }
 }
 //@ attend_rows
-enum { KEYS = 64, ROW_TILE = 4, STEP_PARTS = PARTS * TILE_DEPTH / PARTIALS, STEPS = NATIVE_BYTES == 64 ? 64 / TILE_DEPTH : 1 };
+enum { KEYS = 64, ROW_TILE = 4, STEP_PARTS = PARTS * TILE_DEPTH / PARTIALS, STEPS = NATIVE_BYTES == 64 ? WIDE_STEPS : 1 };
+#if KEYS_ALONG_LANES
+// W vectors of W lanes, element l of vector i and element i of vector l exchanged
+INLINE void transpose(f32v *v) {
+#pragma GCC unroll 4
+  for (int h = W / 2; h > 0; h /= 2)
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i)
+      if (!(i & h)) {
+        const f32v a = v[i], b = v[i + h];
+        v[i] = select((lanes & h) != 0, swap_lanes(b, h), a);
+        v[i + h] = select((lanes & h) != 0, b, swap_lanes(a, h));
+      }
+}
+// element d of key j at [d][j], widened; keys beyond `count` repeat the last one
+static __attribute__((noinline)) void turn_keys(const ELEMENT *k, i64 k_stride, i64 count, f32 (*out)[KEYS]) {
+  for (i64 j = 0; j < count; j += W)
+    for (i64 d = 0; d < DEPTH; d += W) {
+      f32v v[W];
+#pragma GCC unroll 16
+      for (int n = 0; n < W; ++n) v[n] = LOAD(k + (j + n < count ? j + n : count - 1) * k_stride + d, DEPTH - d);
+      transpose(v);
+#pragma GCC unroll 16
+      for (int n = 0; n < W; ++n) store(out[d + n] + j, v[n], W);
+    }
+}
+// the scores of ROW_TILE rows with `count` keys
+INLINE void score_keys(const f32 (*q)[DEPTH_PADDED], const f32 (*keys)[KEYS], i64 count, f32 (*out)[KEYS]) {
+  enum { N = NATIVE_BYTES == 64 ? 4 : 2 };
+  for (i64 j = 0; j < count; j += N * W) {
+    f32v sums[ROW_TILE][N] = {};
+    for (i64 d = 0; d < DEPTH; ++d) {
+      f32v key[N];
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) key[n] = load(keys[d] + j + n * W, W);
+#pragma GCC unroll 4
+      for (int i = 0; i < ROW_TILE; ++i)
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) sums[i][n] = multiply_add(splat(q[i][d]), key[n], sums[i][n]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < ROW_TILE; ++i)
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) store(out[i] + j + n * W, sums[i][n] * SCALE, W);
+  }
+}
+#else
 // the scores of ROW_TILE rows with 4 keys at a time; keys beyond `count` repeat the last one
 INLINE void score_keys(const ELEMENT *const *q, const ELEMENT *k, i64 k_stride, i64 depth, i64 count, f32 (*out)[KEYS]) {
   for (i64 j = 0; j < count; j += 4) {
@@ -23,7 +69,7 @@ INLINE void score_keys(const ELEMENT *const *q, const ELEMENT *k, i64 k_stride, 
     for (i64 d = 0; d < depth; d += TILE_DEPTH) {
       f32v right[4][STEP_PARTS], left[STEP_PARTS];
 #pragma GCC unroll 4
-      for (int n = 0; n < 4; ++n) PART(key[n] + d, depth - d, right[n]);
+      for (int n = 0; n < 4; ++n) ahead(key[n] + d), PART(key[n] + d, depth - d, right[n]);
 #pragma GCC unroll 4
       for (int i = 0; i < ROW_TILE; ++i) {
         PART(q[i] + d, depth - d, left);
@@ -39,26 +85,36 @@ INLINE void score_keys(const ELEMENT *const *q, const ELEMENT *k, i64 k_stride, 
       for (int n = 0; n < 4; ++n) out[i][j + n] = tree((sum_state<f32v> *)sums[i][n]).value[0] * SCALE;
   }
 }
-// scores to weights exp(score - maximum) of one row, zero outside of first..end-1; what the sums so far are to be multiplied with
-INLINE f32 weigh(f32 *s, i64 first, i64 end, f32 *highest, f32 *total) {
-  for (i64 j = 0; j < first; ++j) s[j] = -__builtin_inff();
-  for (i64 j = end; j < KEYS; ++j) s[j] = -__builtin_inff();
-  f32v most = splat(*highest);
-  for (int j = 0; j < KEYS; j += W) most = maximum(load(s + j, W), most);
-  f32 peak = *highest;
-  for (int l = 0; l < W; ++l) peak = most[l] > peak || most[l] != most[l] ? most[l] : peak;
-  const f32 base = peak == -__builtin_inff() ? 0.f : peak;
-  sum_state<f32v> sums[PARTS] = {};
-  for (int j = 0; j < KEYS; j += PARTIALS)
-    for (int p = 0; p < PARTS; ++p) {
-      const f32v weight = exp_of(load(s + j + p * W, W) - base);
-      store(s + j + p * W, weight, W);
-      sums[p].value += weight;
-    }
-  const f32 rescale = exp_of(splat(*highest - base))[0];
-  *total = *total * rescale + tree(sums).value[0];
-  *highest = peak;
-  return rescale;
+#endif
+// scores to weights exp(score - maximum) of ROW_TILE rows, zero outside of first..last-1; what the sums so far are to be multiplied with
+INLINE void weigh(f32 (*s)[KEYS], const i64 *first, const i64 *last, f32 *highest, f32 *total, f32 *rescale) {
+  f32 base[ROW_TILE], fallen[W] = {};
+#pragma GCC unroll 4
+  for (int i = 0; i < ROW_TILE; ++i) {
+    for (i64 j = 0; j < first[i]; ++j) s[i][j] = -__builtin_inff();
+    for (i64 j = last[i]; j < KEYS; ++j) s[i][j] = -__builtin_inff();
+    max_state<f32v> most[PARTS];
+    for (int p = 0; p < PARTS; ++p) most[p].value = load(s[i] + p * W, W);
+    for (int j = PARTIALS; j < KEYS; j += PARTIALS)
+      for (int p = 0; p < PARTS; ++p) most[p] = combine(most[p], max_state<f32v>{load(s[i] + j + p * W, W)});
+    const f32 peak = maximum(tree(most).value, splat(highest[i]))[0];
+    base[i] = peak == -__builtin_inff() ? 0.f : peak;
+    fallen[i] = highest[i] - base[i];
+    highest[i] = peak;
+  }
+  const f32v shares = exp_of(load(fallen, W));
+#pragma GCC unroll 4
+  for (int i = 0; i < ROW_TILE; ++i) {
+    sum_state<f32v> sums[PARTS] = {};
+    for (int j = 0; j < KEYS; j += PARTIALS)
+      for (int p = 0; p < PARTS; ++p) {
+        const f32v weight = exp_of(load(s[i] + j + p * W, W) - base[i]);
+        store(s[i] + j + p * W, weight, W);
+        sums[p].value += weight;
+      }
+    rescale[i] = shares[i];
+    total[i] = total[i] * rescale[i] + tree(sums).value[0];
+  }
 }
 // sums[i][e] += weights[i][j] * v[j][e] for N steps of elements
 template <int N> INLINE void add_values(const f32 (*weights)[KEYS], const ELEMENT *v, i64 v_stride, i64 first, i64 end, i64 left, f32 *sums) {
@@ -68,7 +124,7 @@ template <int N> INLINE void add_values(const f32 (*weights)[KEYS], const ELEMEN
 #pragma GCC unroll 8
     for (int p = 0; p < N * STEP_PARTS; ++p) held[i][p] = load(sums + i * WIDTH_PADDED + p * W, W);
   for (i64 j = first; j < end; ++j)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
       PART(v + j * v_stride + n * TILE_DEPTH, left - n * TILE_DEPTH, value);
 #pragma GCC unroll 4
@@ -86,6 +142,11 @@ template <int N> INLINE void add_values(const f32 (*weights)[KEYS], const ELEMEN
 static __attribute__((noinline)) void attend_rows(const ELEMENT *const *q, const ELEMENT *k, i64 k_stride, const ELEMENT *v, i64 v_stride,
                                                   const i64 *seen_from, const i64 *seen_to, i64 rows, ELEMENT *const *out) {
   f32 sums[ROWS * WIDTH_PADDED] = {}, highest[ROWS], total[ROWS] = {}, weights[ROW_TILE][KEYS];
+#if KEYS_ALONG_LANES
+  f32 turned[DEPTH_PADDED][KEYS], queries[ROWS][DEPTH_PADDED];
+  for (i64 r = 0; r < rows; ++r)
+    for (i64 d = 0; d < DEPTH; d += W) store(queries[r] + d, LOAD(q[r] + d, DEPTH - d), W);
+#endif
   i64 from = 0, to = 0;
   for (i64 r = 0; r < rows; ++r) {
     highest[r] = -__builtin_inff();
@@ -93,7 +154,10 @@ static __attribute__((noinline)) void attend_rows(const ELEMENT *const *q, const
     from = from < to && from < seen_from[r] ? from : seen_from[r];
     to = to > seen_to[r] ? to : seen_to[r];
   }
-  for (i64 start = from; start < to; start += KEYS)
+  for (i64 start = from; start < to; start += KEYS) {
+#if KEYS_ALONG_LANES
+    turn_keys(k + start * k_stride, k_stride, to - start < KEYS ? to - start : KEYS, turned);
+#endif
     for (i64 r = 0; r < rows; r += ROW_TILE) {
       i64 low = KEYS, high = 0, first[ROW_TILE], last[ROW_TILE];
       for (int i = 0; i < ROW_TILE; ++i) {
@@ -103,21 +167,26 @@ static __attribute__((noinline)) void attend_rows(const ELEMENT *const *q, const
         else low = low < first[i] ? low : first[i], high = high > last[i] ? high : last[i];
       }
       if (low >= high) continue;
+#if KEYS_ALONG_LANES
+      score_keys(queries + r, turned, high, weights);
+#else
       score_keys(q + r, k + start * k_stride, k_stride, DEPTH, high, weights);
-      for (int i = 0; i < ROW_TILE; ++i) {
-        const f32 rescale = weigh(weights[i], first[i], last[i], highest + r + i, total + r + i);
-        if (rescale != 1.f)
+#endif
+      f32 rescale[ROW_TILE];
+      weigh(weights, first, last, highest + r, total + r, rescale);
+      for (int i = 0; i < ROW_TILE; ++i)
+        if (rescale[i] != 1.f)
           for (int e = 0; e < WIDTH_PADDED; e += W) {
             f32 *const p = sums + (r + i) * WIDTH_PADDED + e;
-            store(p, load(p, W) * rescale, W);
+            store(p, load(p, W) * rescale[i], W);
           }
-      }
       const ELEMENT *const values = v + start * v_stride;
       i64 e = 0;
-      for (; e + STEPS * TILE_DEPTH <= WIDTH; e += STEPS * TILE_DEPTH)
+      for (; e + STEPS * TILE_DEPTH <= WIDTH_PADDED; e += STEPS * TILE_DEPTH)
         add_values<STEPS>(weights, values + e, v_stride, low, high, WIDTH - e, sums + r * WIDTH_PADDED + e);
       for (; e < WIDTH; e += TILE_DEPTH) add_values<1>(weights, values + e, v_stride, low, high, WIDTH - e, sums + r * WIDTH_PADDED + e);
     }
+  }
   for (i64 r = 0; r < rows; ++r) {
     const f32v share = splat(total[r] == 0.f ? 1.f : total[r]);
     for (i64 e = 0; e < WIDTH && out[r]; e += TILE_DEPTH) {
