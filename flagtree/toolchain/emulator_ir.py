@@ -13,7 +13,8 @@ from flagtree.errors import ToolchainError
 
 ENTRY = "ft_entry"
 _QUERIES = {"thread.id.x": "ft_thread_x", "block.id.x": "ft_block_x", "block.id.y": "ft_block_y", "block.id.z": "ft_block_z"}
-_MATRIX = {"mma.f32.16x16x16f16": ("ft_matrix", 0), "mma.f32.16x16x2bf16": ("ft_matrix", 1), "mma.f32.16x16x4f32": ("ft_matrix_f32", 2)}
+_MATRIX = {"mma.f32.16x16x16f16": ("ft_matrix", 0), "mma.f32.16x16x2bf16": ("ft_matrix", 1), "mma.f32.16x16x4f32": ("ft_matrix_f32", 2),
+           "mma.i32.16x16x16i8": ("ft_matrix_i8", 3)}  # fmt: skip
 _MXC = re.compile(r"@llvm\.mxc\.([\w.]+)\((.*)\)$")
 # The host's code generator moves a load into the branch that needs it, which would hide a load outside its tensor.
 _LOAD = re.compile(r"^(  %[\w.]+ = load )(?!atomic|volatile)(?=.*addrspace)")
@@ -74,6 +75,15 @@ declare i32 @ft_block_z()
 declare void @ft_barrier(i32) convergent
 declare i32 @ft_bpermute(i32, i32, i32) convergent
 declare void @ft_mma(i32, i64, i64, ptr, i32) convergent
+define internal <4 x i32> @ft_matrix_i8(i32 %site, i32 %element, i32 %a, i32 %b, <4 x i32> %c) alwaysinline {
+  %x = zext i32 %a to i64
+  %y = zext i32 %b to i64
+  %sum = alloca <4 x i32>, align 16
+  store <4 x i32> %c, ptr %sum, align 16
+  call void @ft_mma(i32 %site, i64 %x, i64 %y, ptr %sum, i32 %element)
+  %r = load <4 x i32>, ptr %sum, align 16
+  ret <4 x i32> %r
+}
 define internal <4 x float> @ft_matrix(i32 %site, i32 %element, <4 x half> %a, <4 x half> %b, <4 x float> %c) alwaysinline {
   %x = bitcast <4 x half> %a to i64
   %y = bitcast <4 x half> %b to i64

@@ -97,10 +97,11 @@ static float from_word(uint64_t x) {
   return f;
 }
 
-enum { HALF, BFLOAT16, FLOAT };
+enum { HALF, BFLOAT16, FLOAT, INT8 };
 
 /* 16x16 matrix product of a warp: A[m][k] is element k%4 of lane m+16*(k/4), B[k][n] of lane n+16*(k/4), 16 deep; of floats the only
- * element of lane m+16*k and n+16*k, 4 deep.  C[m][n] is element m%4 of lane n+16*(m/4).  Sums in order of k, each rounded to float. */
+ * element of lane m+16*k and n+16*k, 4 deep.  C[m][n] is element m%4 of lane n+16*(m/4).  Sums in order of k, each rounded to float;
+ * of bytes exact, in 32-bit integers at the same address. */
 void ft_mma(int32_t place, uint64_t a, uint64_t b, float *c, int32_t element) {
   int slot = parity[current] ^= 1;
   fragment_a[slot][current] = a;
@@ -111,7 +112,14 @@ void ft_mma(int32_t place, uint64_t a, uint64_t b, float *c, int32_t element) {
     int m = 4 * (lane >> 4) + i;
     for (int k = 0; k < 4 && element == FLOAT; k++)
       c[i] += from_word(fragment_a[slot][warp + m + 16 * k]) * from_word(fragment_b[slot][warp + n + 16 * k]);
-    for (int k = 0; k < 16 && element != FLOAT; k++) {
+    for (int k = 0; k < 16 && element == INT8; k++) {
+      uint32_t sum;
+      memcpy(&sum, c + i, 4);
+      sum += (uint32_t)((int8_t)(fragment_a[slot][warp + m + 16 * (k >> 2)] >> (8 * (k & 3))) *
+                        (int8_t)(fragment_b[slot][warp + n + 16 * (k >> 2)] >> (8 * (k & 3))));
+      memcpy(c + i, &sum, 4);
+    }
+    for (int k = 0; k < 16 && element < FLOAT; k++) {
       uint16_t x = fragment_a[slot][warp + m + 16 * (k >> 2)] >> (16 * (k & 3));
       uint16_t y = fragment_b[slot][warp + n + 16 * (k >> 2)] >> (16 * (k & 3));
       c[i] += element == BFLOAT16 ? from_bf16(x) * from_bf16(y) : from_half(x) * from_half(y);

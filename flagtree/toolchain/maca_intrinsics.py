@@ -40,6 +40,7 @@ MATRIX: dict[str, str] = {
     "llvm.amdgcn.mfma.f32.16x16x16f16": "llvm.mxc.mma.f32.16x16x16f16",
     "llvm.amdgcn.mfma.f32.16x16x16bf16.1k": "llvm.mxc.mma.f32.16x16x2bf16",
     "llvm.amdgcn.mfma.f32.16x16x4f32": "llvm.mxc.mma.f32.16x16x4f32",
+    "llvm.amdgcn.mfma.i32.16x16x16i8": "llvm.mxc.mma.i32.16x16x16i8",
 }
 
 DECLARED: dict[str, str] = {
@@ -52,6 +53,7 @@ DECLARED: dict[str, str] = {
     "llvm.mxc.mma.f32.16x16x16f16": "<4 x float> (<4 x half>, <4 x half>, <4 x float>)",
     "llvm.mxc.mma.f32.16x16x2bf16": "<4 x float> (<4 x half>, <4 x half>, <4 x float>)",
     "llvm.mxc.mma.f32.16x16x4f32": "<4 x float> (float, float, <4 x float>)",
+    "llvm.mxc.mma.i32.16x16x16i8": "<4 x i32> (i32, i32, <4 x i32>)",
 }
 
 # LLVM's own functions, which any LLVM 19 back end of the AMDGPU family lowers

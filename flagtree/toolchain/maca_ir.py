@@ -313,9 +313,9 @@ class _Converter:
             raise self.error(f"the MACA lowering does not know '{name}' with broadcast", f"operands: {operands[3:]}")
         halves = []
         for kind, value in operands[:2]:
-            if kind not in ("<4 x half>", "float"):  # bfloat bits travel as half
+            if kind not in ("<4 x half>", "float", "i32"):  # bfloat bits travel as half
                 cast = self.temporary()
                 self.emit(f"{cast} = bitcast {kind} {value} to <4 x half>")
                 kind, value = "<4 x half>", cast
             halves.append((kind, value))
-        self.replace(known.Replacement(known.MATRIX[name]), result, "<4 x float>", [*halves, operands[2]])
+        self.replace(known.Replacement(known.MATRIX[name]), result, operands[2][0], [*halves, operands[2]])

@@ -111,6 +111,17 @@ def product(a, b, c, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
     tl.store(c + m * N + n, acc)
 
 
+@triton.jit
+def product_int(a, b, c, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+    m = tl.arange(0, M)[:, None]
+    n = tl.arange(0, N)[None, :]
+    acc = tl.zeros((M, N), tl.int32)
+    for k in range(0, K, 32):
+        kk = k + tl.arange(0, 32)
+        acc = tl.dot(tl.load(a + m * K + kk[None, :]), tl.load(b + kk[:, None] * N + n), acc)
+    tl.store(c + m * N + n, acc)
+
+
 # name: (kernel, signature, constexprs, warps, grid argument positions promised to be multiples of 16)
 KERNELS = {
     "norm_residual": (
@@ -130,6 +141,7 @@ KERNELS = {
     "histogram": (histogram, {"x": "*fp32", "q": "*fp32", "N": "i32"}, {"B": 256}, 4),
     "transpose": (transpose, {"x": "*bf16", "q": "*bf16"}, {"M": 64, "N": 32}, 4),
     "product_bf16": (product, {"a": "*bf16", "b": "*bf16", "c": "*fp32"}, {"M": 32, "N": 32, "K": 64}, 4),
+    "product_int": (product_int, {"a": "*i8", "b": "*i8", "c": "*i32"}, {"M": 32, "N": 32, "K": 64}, 4),
     "product_f16": (product, {"a": "*fp16", "b": "*fp16", "c": "*fp32"}, {"M": 32, "N": 32, "K": 64}, 4),
 }
 

@@ -22,6 +22,7 @@ SIGNATURES = {
     "histogram": (["*fp32", "*fp32", "i32"], 4),
     "transpose": (["*bf16", "*bf16"], 4),
     "product_bf16": (["*bf16", "*bf16", "*fp32"], 4),
+    "product_int": (["*i8", "*i8", "*i32"], 4),
     "product_f16": (["*fp16", "*fp16", "*fp32"], 4),
 }  # fmt: skip
 ENTRY = {name: name.removesuffix("_f64").removesuffix("_i64").removesuffix("_bf16").removesuffix("_f16") for name in SIGNATURES}
@@ -157,5 +158,14 @@ def _product(launch: Launch, dtype: torch.dtype) -> emulator.Run:
     return run
 
 
+def _product_int(launch: Launch) -> emulator.Run:
+    a, b = (torch.randint(-128, 128, shape, dtype=torch.int8) for shape in ((32, 64), (64, 32)))
+    c = torch.empty(32, 32, dtype=torch.int32)
+    run = launch((1,), a, b, c)
+    assert torch.equal(c, a.int() @ b.int())
+    return run
+
+
+CHECKS["product_int"] = lambda launch, _: _product_int(launch)
 CHECKS["product_bf16"] = lambda launch, _: _product(launch, torch.bfloat16)
 CHECKS["product_f16"] = lambda launch, _: _product(launch, torch.float16)
