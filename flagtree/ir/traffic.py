@@ -17,6 +17,10 @@ from flagtree.ir.program import Access, Axis, Extern, Kernel, Program, Repeat, S
 
 # externs that read or write only some rows of an operand, by position of the argument: the rest of what they take counts whole
 GATHERS: Mapping[str, int] = {"aten.embedding.default": 0, "aten.index_select.default": 0, "aten.gather.default": 0, "aten.index.Tensor": 0}
+# weights [experts, ...] that are read once for each expert that a choice takes, and what has an element for each choice
+EXPERTS: Mapping[str, tuple[tuple[int, ...], int]] = {
+    "flagtree.fused_moe.default": ((1, 2), 4), "flagtree.experts_up.default": ((1,), 2), "flagtree.experts_down.default": ((1,), 2),
+}  # fmt: skip
 NEW_ROWS: Mapping[str, tuple[int, ...]] = {"flagtree.attention.default": (1, 2)}  # written into the mutated caches
 
 
@@ -96,6 +100,13 @@ def _extern(program: Program, step: Extern, symbols: Mapping[str, int]) -> tuple
         rows = {n for k in NEW_ROWS[step.callee] if (n := _operand(step, k)) is not None}
         new = sum(size[n] for n in rows)
         return read - new, written - sum(size[n] for n in step.mutates) + new
+    if step.callee in EXPERTS:
+        positions, choices = EXPERTS[step.callee]
+        taken = math.prod(n.evaluate(symbols) for n in program.buffer(_operand(step, choices) or "").shape)
+        for weight in {n for k in positions if (n := _operand(step, k)) is not None}:
+            experts = program.buffer(weight).shape[0].evaluate(symbols)
+            read -= size[weight] * max(0, experts - taken) // max(1, experts)
+        return read, written
     if step.callee in GATHERS and (table := _operand(step, GATHERS[step.callee])) is not None:
         return read - size[table] + min(size[table], written), written
     return read, written

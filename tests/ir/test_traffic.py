@@ -141,3 +141,20 @@ def test_program_traffic() -> None:
     assert found.generated == 6 * x + x + w + 2 * y
     assert found.generated + found.extern == sum(s.bytes for s in found.steps)
     assert buffer_bytes(program, "wide", {"s": 5}) == x
+
+
+@pytest.mark.parametrize(("tokens", "taken"), [(1, 2), (3, 6), (100, 8)])
+def test_a_call_over_experts_reads_the_weights_of_those_that_can_be_chosen(tokens: int, taken: int) -> None:
+    program = parse_program("""program p
+  symbol t in 1..100 from dim x 0
+  buffer x: bf16[t, 16] input
+  buffer w: bf16[8, 32, 16] weight
+  buffer order: i32[2*t] input
+  buffer starts: i32[9] input
+  buffer y: bf16[2*t, 32] temp
+  extern e: (y) = flagtree.experts_up.default(x, w, order, starts, 2)
+  outputs y
+""")
+    (step,) = program_traffic(program, {"t": tokens}).steps
+    assert step.bytes_read == tokens * 16 * 2 + taken * 32 * 16 * 2 + tokens * 2 * 4 + 9 * 4
+    assert step.bytes_written == tokens * 2 * 32 * 2
