@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from flagtree.ir.index import ONE, Index, floordiv, remainder
-from flagtree.ir.program import Extern, Ref
+from flagtree.ir.program import Extern, Operand, Ref
 from flagtree.lower.builder import Body, NotLowered, Tensor, Value
 from flagtree.lower.pointwise import POINTWISE, sigmoid
 
@@ -115,7 +115,7 @@ def _sort(call: Call, ids: Tensor, order: Tensor, starts: Tensor, rows: Index) -
 
 def _grouped(lowering: Lowering, call: Call, callee: str, operands: tuple[Tensor, ...], top_k: int, out: Tensor) -> None:
     name = lowering.step_name(f"{call.node.name}_{callee.split('_')[1].split('.')[0]}")
-    args = (*(Ref(t.name) for t in operands), top_k)
+    args: tuple[Operand, ...] = (*(Ref(t.name) for t in operands), top_k)
     lowering.steps.append(Extern(name, callee, args, (out.name,), reason=_REASON, origins=(call.origin,)))
 
 

@@ -89,7 +89,7 @@ def _gate(program: Program, steps: tuple[Step, ...], step: Extern) -> Kernel | N
     plain = len(gate.loads) == 2 and {op.access.index for op in gate.loads} == places and all(op.access.buffer == both for op in gate.loads)
     store = gate.stores[0]
     one = len(gate.stores) == 1 and store.mode == "set" and store.access.index == (row, column)
-    return gate if plain and one and not any(op.access.mask for op in (*gate.loads, store)) else None
+    return gate if plain and one and store.access.mask is None and not any(op.access.mask for op in gate.loads) else None
 
 
 def _product(program: Program, step: Extern, gate: Kernel | None) -> Kernel | str:

@@ -20,6 +20,8 @@ Sources of the formulas: transformers' `MiniMaxM2TopKRouter`, `Qwen3MoeTopKRoute
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.nn import functional
 
@@ -28,7 +30,7 @@ from flagtree.errors import BindError
 ROUTE = "flagtree::moe_route"
 FUSED = "flagtree::fused_moe"
 SCORINGS = ("softmax", "sigmoid")
-ACTIVATIONS = {"silu": functional.silu, "gelu": functional.gelu}
+ACTIVATIONS: dict[str, Callable[..., torch.Tensor]] = {"silu": functional.silu, "gelu": functional.gelu}
 
 _library = torch.library.Library("flagtree", "FRAGMENT")
 _library.define(
@@ -111,8 +113,8 @@ def _experts(
         gate, up = functional.linear(x[token], gate_up[expert]).chunk(2, dim=-1)
         results[token, place] = functional.linear(ACTIVATIONS[activation](gate) * up, down[expert])
     total = x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
-    for place in range(ids.shape[1]):
-        total += weights[:, place, None] * results[:, place]
+    for k in range(ids.shape[1]):
+        total += weights[:, k, None] * results[:, k]
     return total.to(x.dtype)
 
 

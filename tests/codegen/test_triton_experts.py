@@ -15,7 +15,7 @@ from flagtree.ir.interp import run
 from flagtree.ir.program import Extern, Program
 from flagtree.ir.text import parse_program, print_program
 from flagtree.lower.decompositions import DECOMPOSITIONS
-from flagtree.lower.lowering import lower, lowers
+from flagtree.lower.lowering import Lowered, lower, lowers
 from flagtree.passes.pipeline import pipeline, run_pipeline
 from flagtree.targets import find_target
 from flagtree.toolchain import maca
@@ -44,21 +44,25 @@ def lowered_function(function, operands: tuple[torch.Tensor, ...]) -> Program:
         def forward(self, *given):
             return function(*given)
 
-    return _program(torch.export.export(Whole(), operands))
+    return _lowered(torch.export.export(Whole(), operands))[1].program
 
 
-def _program(exported) -> Program:
+def _lowered(exported) -> tuple[torch.fx.Graph, Lowered]:
     nodes = [n for n in exported.graph.nodes if n.op == "placeholder"]
     values = [n.meta["val"] for n in nodes]
     normal = normalise(exported.graph_module, [n.name for n in nodes], values, lowers, DECOMPOSITIONS, values[0].fake_mode)
-    return lower(normal.graph, "layer", {}).program
+    return normal.graph, lower(normal.graph, "layer", {})
+
+
+def lowered_graph(layer: Layer, operands: tuple[torch.Tensor, ...], most: int) -> tuple[torch.fx.Graph, Lowered]:
+    """The graph and the program of a layer whose number of tokens is free from 2 to `most`, or 1."""
+    tokens = torch.export.Dim("tokens", min=2, max=most) if most > 1 else None
+    free = tuple({0: tokens} if k in (0, 1, 5) and tokens is not None else None for k in range(6))
+    return _lowered(torch.export.export(layer, operands, dynamic_shapes=free))
 
 
 def lowered(layer: Layer, operands: tuple[torch.Tensor, ...], most: int) -> Program:
-    """The program of a layer whose number of tokens is free from 2 to `most`, or 1."""
-    tokens = torch.export.Dim("tokens", min=2, max=most) if most > 1 else None
-    free = tuple({0: tokens} if k in (0, 1, 5) and tokens is not None else None for k in range(6))
-    return _program(torch.export.export(layer, operands, dynamic_shapes=free))
+    return lowered_graph(layer, operands, most)[1].program
 
 
 def operands_of(tokens: int, experts: int, top_k: int, dtype: torch.dtype, hidden: int, inner: int) -> tuple[torch.Tensor, ...]:
