@@ -247,7 +247,7 @@ def report(calls: Found, answers: Found, repeats: int) -> str:
         _table(calls, COMPILERS, {"cold all": "cold", "warm all": "warm"}),
         "## The compiler's own share of it",
         "Inductor's without AOTAutograd; flagtree traces by itself, so all since Dynamo has handed the graph over.  "
-        "Warm, flagtree finds its result in its store; Inductor's share is not called at all, since AOTAutograd's cache keeps what it made.",
+        "Warm, flagtree finds its result in its store; Inductor's share is not called at all: AOTAutograd's cache has what it made.",
         _table(calls, COMPILERS[1:], {"cold own": "cold", "warm own": "warm"}),
         "## From `import torch` to the first logits",
         "Every cache warm, weights read from one safetensors file.  `weights`: until the model, or the bundle, and its weights are there.",
