@@ -96,7 +96,7 @@ def assemble(parts: Mapping[str, CapturedPart], target: Target, jobs: int, progr
         "coverage": _coverage(generated, reports),
         "versions": versions(target),
         "certificate": evidence.content,
-        "programs": {name: print_program(g.program) for name, g in generated.items()},
+        "programs": {name: print_program(g.program.with_(name=name)) for name, g in generated.items()},
     }
     return Assembled(content, tuple(reports.values()), tiers(built), evidence.executed)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flagtree.artifact.bundle import Bundle, program_file
-from flagtree.artifact.files import canonical_json
+from flagtree.artifact.files import canonical_json, parse_json
 from flagtree.artifact.store import Store
 from flagtree.assemble import libraries_of, versions
 from flagtree.check.stored import FACTS, TEXT, read_description, read_kernel
@@ -74,11 +74,13 @@ def rebuild(bundle: Bundle, target: Target, jobs: int = 1, progress: Progress = 
 def _launch_list(bundle: Bundle, part: str, name: str) -> list[str]:
     """What differs when the launch list of a part and its kernels' texts are made again from its program."""
     try:
-        program = parse_program(bundle.read(name).decode())
+        listed = bundle.read(f"launch/{part}.json")
+        # a program is called by its model, whose name need not be one of the IR's
+        program = parse_program(bundle.read(name).decode()).with_(name=str(parse_json(listed, f"launch/{part}.json")["name"]))  # type: ignore[index]
         verify(program)
         alone = {kernel.name: (isolated, digest(isolated.program)) for kernel, isolated in isolate_all(program)}
         made = canonical_json(launch_list(program, alone))
-    except (FlagtreeError, UnicodeDecodeError) as error:
+    except (FlagtreeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise BundleError("the program of a part is not valid", where=f"{bundle.path}/{name}", why=str(error)) from None
     differs = [f"kernels/{key[:16]}/{TEXT}" for _, key in alone.values() if key not in bundle.manifest.kernels]
-    return differs + ([f"launch/{part}.json"] if made != bundle.read(f"launch/{part}.json") else [])
+    return differs + ([f"launch/{part}.json"] if made != listed else [])

@@ -24,9 +24,12 @@ def verified(place: Place, target: str, *arguments: str) -> tuple[dict[str, Any]
     found = json.loads(ended.out)
     assert found["digest"] == bundle["digest"] and found["failed"] == 0 and len(found["kernels"]) == bundle["kernels"]
     assert found["rebuilt"]["differs"] == [] and found["rebuilt"]["changed"] == {}
+    parts = [name for name in after if name.startswith("launch/") and name.endswith(".ir")]
+    assert parts and found["rebuilt"]["compared"]["launch lists"] == len(parts) and set(parts) <= set(found["rebuilt"]["inputs"])
     for row in found["kernels"]:
         assert (row["verdict"], row["eager"]) == ("pass", "compared"), row
-        assert row["runs"] >= 33 and row["gate"] and all(way.startswith(WAYS[target]) for way in row["executed"])
+        least = 32 if row["left_out"] else 33  # attention is not run at the upper end
+        assert row["runs"] >= least and row["gate"] and all(way.startswith(WAYS[target]) for way in row["executed"])
         # sin and cos of a GPU state no error beyond 1e9, which wide-range inputs reach
         assert row["equal_to_interpreter"] > 0.95 and row["equal_to_eager"] > 0.95
     return found, ended.cpu
@@ -44,4 +47,4 @@ def test_qwen3_8b_in_three_minutes(place: Place, target: str) -> None:
     assert len(found["kernels"]) == (18 if target == "cpu" else 17)  # the product of a few rows is our own on the CPU
     assert seconds <= 180, seconds
     left_out = [reason for row in found["kernels"] for reason in row["left_out"]]
-    assert bool(left_out) == (target == "cpu") and all(reason.startswith("all at the upper end") for reason in left_out)
+    assert left_out and all("at the upper end: " in reason for reason in left_out)
