@@ -19,14 +19,16 @@ from flagtree.artifact.bundle import summarise
 from flagtree.artifact.files import canonical_json, parse_json
 from flagtree.errors import BundleError, FlagtreeError
 from flagtree.runtime.bind import Checker
+from flagtree.runtime.dtypes import DTYPES
 from flagtree.runtime.launch import Executable, Session
 from flagtree.runtime.results import Results
 from flagtree.serve.counts import COUNTS
+from flagtree.serve.graph import ONEDNN, TILED, Packed
 from flagtree.serve.launch_list import distinct_kernels, fitted
 from flagtree.serve.metrics import publish, watch_compilations
 from flagtree.serve.opened import OpenedBundle, open_for_serving
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,7 @@ class Handle:
     key: str
     takes: tuple[int, ...] = ()
     extra: tuple[int, ...] = ()
-    packed: tuple[int, ...] = ()
+    packed: tuple[Packed, ...] = ()
     marks: tuple[tuple[int | str, int | str], ...] = ()
     stance: str = ""
 
@@ -54,12 +56,19 @@ class Handle:
         try:
             if not isinstance(record, dict) or record.pop("format") != FORMAT:
                 raise ValueError("another format")
-            takes, extra, packed = (tuple(int(v) for v in record.pop(name)) for name in ("takes", "extra", "packed"))
+            takes, extra = (tuple(int(v) for v in record.pop(name)) for name in ("takes", "extra"))
+            packed = tuple(_packed(**p) for p in record.pop("packed"))
             marks = tuple((_plain(a), _plain(b)) for a, b in record.pop("marks"))
             bundle, digest, key, stance = (str(record.pop(name)) for name in ("bundle", "digest", "key", "stance"))
             return cls(bundle, digest, key, takes, extra, packed, marks, stance)
         except (KeyError, TypeError, ValueError) as error:
             raise BundleError("a saved graph is not one of this flagtree", why=str(error), hint="delete vLLM's compile cache") from None
+
+
+def _packed(position: int, callee: str, dtype: str, shape: Sequence[int]) -> Packed:
+    if callee not in (ONEDNN, TILED) or dtype not in DTYPES:
+        raise ValueError("no form of a packed weight")
+    return Packed(int(position), callee, dtype, tuple(int(n) for n in shape))
 
 
 def _plain(value: object) -> int | str:
@@ -80,7 +89,7 @@ class ServedGraph(SerializableCallable):
         if graph is None:
             raise BundleError("the bundle no longer has the graph", where=handle.bundle, why=f"capture key {handle.key[:16]}")
         self.handle = handle
-        packed = [graph.arguments[k] for k in handle.packed]
+        packed = {graph.arguments[p.position]: p for p in handle.packed}
         launch = fitted(graph.launch, packed, dict(handle.marks))
         self.executable = Executable(launch, opened.library)
         names = [b.name for b in self.executable.inputs]

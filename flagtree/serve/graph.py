@@ -7,6 +7,7 @@ capture key; what was taken out is handed over as arguments (`Served.extra`) or 
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,24 +17,45 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
-from flagtree.runtime.capture_key import example_value
+from flagtree.runtime.capture_key import CaptureKey, capture_key, example_value
+from flagtree.runtime.dtypes import DTYPES
 
+_DTYPES = {dtype: name for name, dtype in DTYPES.items()}
 _COLLECTIVES = ("allreduce", "all_reduce", "all_gather", "reduce_scatter")
 HANDLE_MARK = 0x66745F00  # no handle of any process is this number
 # integers beside these operators number rows of a table or vocabulary, and a rank has its own
 _INDEXING = (operator.add, operator.sub, operator.mul, operator.ge, operator.gt, operator.le, operator.lt)
 
 
+ONEDNN, TILED = "_C.onednn_mm", "_C.weight_packed_linear"  # products of packed weights: of a handle to them, of tiles of them
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """An argument that arrives in another form than the module with a key takes it.  `position`: among what that takes; `callee`: the
+    product that takes this form; `dtype` (our name) and `shape`: as it arrives.  A bias has the callee of its weight."""
+
+    position: int
+    callee: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def form(self) -> tuple[str, str, tuple[int, ...]]:
+        """All but which argument it is."""
+        return self.callee, self.dtype, self.shape
+
+
 @dataclass(frozen=True, slots=True)
 class Served:
     """`module`: the graph with a key.  `takes`: which of the caller's arguments it takes, in order; `extra`: integers that follow
-    them.  `packed`: positions among what it takes of handles of packed weights where the module takes the weight.  `marks`: what
-    stands in the module for a handle or the name of a group, to what it stands for."""
+    them.  `packed`: what of them arrives packed where the module takes the weight.  `marks`: what stands in the module for a handle or
+    the name of a group, to what it stands for."""
 
     module: fx.GraphModule
     takes: tuple[int, ...]
     extra: tuple[int, ...]
-    packed: tuple[int, ...]
+    packed: tuple[Packed, ...]
     marks: tuple[tuple[int | str, int | str], ...]
 
 
@@ -44,26 +66,32 @@ def served_graph(module: fx.GraphModule) -> Served:
     for node in module.graph.nodes:
         copied[node] = graph.node_copy(node, copied.__getitem__)
     copy = fx.GraphModule(module, graph)
-    handles = _unpack_products(copy)
+    position = {node: k for k, node in enumerate(n for n in graph.nodes if n.op == "placeholder")}
+    arrives = _unpack_products(copy, position)
     extra = _lift(copy)
     marks = _mark(graph)
     graph.eliminate_dead_code(_is_impure)
     _without_device_numbers(graph)
-    takes = _drop_sizes(graph)
+    takes = _drop_sizes(graph, position)
     given = [n for n in graph.nodes if n.op == "placeholder"]
-    packed = tuple(k for k, node in enumerate(given) if node in handles)
-    return Served(copy, tuple(takes[: len(takes) - len(extra)]), tuple(extra), packed, marks)
+    packed = tuple(Packed(k, *arrives[node]) for k, node in enumerate(given) if node in arrives)
+    return Served(copy, tuple(takes), tuple(extra), packed, marks)
 
 
-def _drop_sizes(graph: fx.Graph) -> list[int]:
+def key_of(served: Served) -> CaptureKey:
+    """The capture key of a prepared graph.  Raises Unkeyed for what it cannot express."""
+    return capture_key(served.module, {"format": "vllm 1"}, inference=True)
+
+
+def _drop_sizes(graph: fx.Graph, position: Mapping[fx.Node, int]) -> list[int]:
     """Leave out sizes that nobody reads: whether Dynamo hands them over depends on how packed products ask for shapes.  Returns the
-    positions of what stays."""
+    positions of what stays of the caller's arguments."""
     stays = []
-    for position, node in enumerate([n for n in graph.nodes if n.op == "placeholder"]):
+    for node in [n for n in graph.nodes if n.op == "placeholder"]:
         if isinstance(example_value(node), torch.SymInt) and not node.users:
             graph.erase_node(node)
-        else:
-            stays.append(position)
+        elif node in position:
+            stays.append(position[node])
     return stays
 
 
@@ -73,30 +101,45 @@ def _is_impure(node: fx.Node) -> bool:
 
 
 # -- packed products ---------------------------------------------------------------------------------------------------
-def _unpack_products(module: fx.GraphModule) -> set[fx.Node]:
-    """`onednn_mm(empty(…, n), reshape(x), bias, handle)` becomes `linear(x, weight, bias)`: the form of every other platform.
+def _unpack_products(module: fx.GraphModule, position: Mapping[fx.Node, int]) -> dict[fx.Node, tuple[str, str, tuple[int, ...]]]:
+    """`onednn_mm(empty(…, n), reshape(x), bias, handle)` becomes `linear(x, weight, bias)`: the form of every other platform, and so does
+    `weight_packed_linear(reshape(empty(…, n)), reshape(x), tiles, bias, …)`.
 
-    The handle's place among the arguments is the weight's; its shape follows from what it is multiplied with.  Returns the handles.
+    The weight takes the place of its packed form among the arguments, which Dynamo lists in the order in which calls take them: before
+    its bias; its shape follows from what it is multiplied with.  Returns what arrives packed, and how: the rest of `Packed`.
     """
-    packed = set()
+    arrives: dict[fx.Node, tuple[str, str, tuple[int, ...]]] = {}
     for node in list(module.graph.nodes):
-        if _name_of(node.target) != "_C.onednn_mm":
+        callee = _name_of(node.target)
+        if callee not in (ONEDNN, TILED):
             continue
-        out, rows, bias, handle = node.args
+        if callee == ONEDNN:
+            made, rows, bias, weight = node.args
+            calls = [node, made]
+        else:
+            viewed, rows, weight, bias, _ = node.args
+            made = viewed.args[0] if viewed.target == "reshape" else viewed
+            calls = [node, viewed, made] if viewed is not made else [node, made]
         x = rows.args[0] if rows.target == "reshape" else rows
-        fake_out, fake_x = example_value(out), example_value(x)
-        if handle.op != "placeholder" or len(handle.users) != 1 or fake_x.dim() != 2 or out.target is not torch.empty:
+        fake_out, fake_x = example_value(made), example_value(x)
+        given = [argument for argument in (weight, bias) if argument is not None]
+        if any(a.op != "placeholder" or len(a.users) != 1 for a in given) or fake_x.dim() != 2 or made.target is not torch.empty:
             continue
-        weight = _like(fake_out, (fake_out.shape[-1], fake_x.shape[-1]))
         with module.graph.inserting_before(node):
-            linear = module.graph.call_function(torch._C._nn.linear, (x, handle, bias))
-        linear.meta = dict(out.meta)
-        out.replace_all_uses_with(linear, delete_user_cb=lambda user, call=node: user is not call)
-        for dead in (node, out):
+            linear = module.graph.call_function(torch._C._nn.linear, (x, weight, bias))
+        linear.meta = dict(made.meta)
+        made.replace_all_uses_with(linear, delete_user_cb=lambda user, calls=calls: user not in calls)
+        for dead in calls:
             module.graph.erase_node(dead)
-        handle.meta["example_value"] = weight
-        packed.add(handle)
-    return packed
+        if bias is not None and position[bias] < position[weight]:
+            bias.prepend(weight)
+        for argument in given:
+            value, shape = example_value(argument), (fake_out.shape[-1], fake_x.shape[-1])
+            plain = _like(fake_out, shape if argument is weight else shape[:1])
+            if argument is weight or value.dtype != plain.dtype:
+                arrives[argument] = callee, _DTYPES[value.dtype], tuple(int(n) for n in value.shape)
+            argument.meta["example_value"] = plain
+    return arrives
 
 
 def _like(fake: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

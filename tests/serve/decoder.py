@@ -58,6 +58,10 @@ def _packed_product(c: torch.Tensor, a: torch.Tensor, bias: torch.Tensor | None,
     c.copy_(nn.functional.linear(a, PACKED[int(handle)], bias))
 
 
+def _tiled_product(out: torch.Tensor, a: torch.Tensor, tiles: torch.Tensor, bias: torch.Tensor | None, tiled: bool) -> None:
+    out.copy_(nn.functional.linear(a, tiles.flip(0).to(a.dtype), None if bias is None else bias.to(a.dtype)))
+
+
 def _allreduce(handle: int, data: torch.Tensor) -> None:
     data.mul_(handle)  # no sum, but what the handle is decides the result
 
@@ -70,10 +74,13 @@ def _define() -> None:
     ours.impl("attend", _attend, "CPU")
     torch.library.register_fake("toyserver::update", lambda key, value, layer: key.new_empty(0), lib=ours)
     torch.library.register_fake("toyserver::attend", lambda q, k, v, output, layer, after: None, lib=ours)
-    # the two operators of a server's own library that are rewritten before the key is taken
+    # the operators of a server's own library that are rewritten before the key is taken
     theirs.define("onednn_mm(Tensor(a!) c, Tensor a, Tensor? bias, Tensor handler_tensor) -> ()")
     theirs.impl("onednn_mm", _packed_product, "CPU")
     torch.library.register_fake("_C::onednn_mm", lambda c, a, bias, handler_tensor: None, lib=theirs)
+    theirs.define("weight_packed_linear(Tensor(a!) out, Tensor a, Tensor tiles, Tensor? bias, bool tiled) -> ()")
+    theirs.impl("weight_packed_linear", _tiled_product, "CPU")
+    torch.library.register_fake("_C::weight_packed_linear", lambda out, a, tiles, bias, tiled: None, lib=theirs)
     theirs.define("shm_allreduce(int handle, Tensor(a!) data) -> ()")
     theirs.impl("shm_allreduce", _allreduce, "CPU")
     torch.library.register_fake("_C::shm_allreduce", lambda handle, data: None, lib=theirs)
@@ -83,21 +90,29 @@ _define()
 
 
 class Linear(nn.Module):
-    """A linear layer; `packed` keeps the weight behind a handle, as a server on a CPU does."""
+    """A linear layer; packed, it keeps the weight behind a handle, or in tiles and its bias in a wider type, as a server on a CPU does."""
 
-    def __init__(self, inputs: int, outputs: int, packed: bool) -> None:
+    def __init__(self, inputs: int, outputs: int, packed: str, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(outputs, inputs) * 0.2, requires_grad=False)
+        self.bias = nn.Parameter(torch.randn(outputs), requires_grad=False) if bias else None
+        if bias and packed == "tiles":
+            self.bias = nn.Parameter(self.bias.double(), requires_grad=False)
         self.outputs, self.packed = outputs, packed
-        if packed:
+        if packed == "tiles":
+            self.tiles = self.weight.detach().flip(0).double()
+        if packed == "handle":
             self.handle = torch.tensor(id(self))
             PACKED[id(self)] = self.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.packed:
-            return nn.functional.linear(x, self.weight, None)
+            return nn.functional.linear(x, self.weight, self.bias)
         out = torch.empty((*x.shape[0:-1], self.outputs), dtype=x.dtype)
-        torch.ops._C.onednn_mm(out, x.reshape(-1, x.shape[-1]), None, self.handle)
+        if self.packed == "tiles":
+            torch.ops._C.weight_packed_linear(out.reshape(-1, self.outputs), x.reshape(-1, x.shape[-1]), self.tiles, self.bias, True)
+        else:
+            torch.ops._C.onednn_mm(out, x.reshape(-1, x.shape[-1]), self.bias, self.handle)
         return out
 
 
@@ -118,10 +133,10 @@ class Norm(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, number: int, packed: bool, prefix: str) -> None:
+    def __init__(self, number: int, packed: str, prefix: str) -> None:
         super().__init__()
         self.name = LayerName(f"{prefix}.{number}")
-        self.qkv, self.o = Linear(WIDTH, (HEADS + 2 * KV_HEADS) * HEAD, packed), Linear(HEADS * HEAD, WIDTH, packed)
+        self.qkv, self.o = Linear(WIDTH, (HEADS + 2 * KV_HEADS) * HEAD, packed, bias=True), Linear(HEADS * HEAD, WIDTH, packed)
         self.gate_up, self.down = Linear(WIDTH, 2 * MIDDLE, packed), Linear(MIDDLE, WIDTH, packed)
         self.before, self.after, self.q_norm, self.k_norm = Norm(WIDTH), Norm(WIDTH), Norm(HEAD), Norm(HEAD)
         self.register_buffer("table", torch.randn(128, HEAD))
@@ -149,7 +164,7 @@ class Decoder(nn.Module):
     """`rank`: this one's part of a vocabulary that two share; its sum over both is a call with a handle of the process."""
 
     def __init__(
-        self, layers: int = 2, packed: bool = False, rank: int | None = None, prefix: str = "model.layers", handle: int = 1
+        self, layers: int = 2, packed: str = "", rank: int | None = None, prefix: str = "model.layers", handle: int = 1
     ) -> None:
         super().__init__()
         self.embedding = nn.Parameter(torch.randn(VOCABULARY, WIDTH))

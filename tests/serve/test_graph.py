@@ -14,11 +14,14 @@ def key_of(model: torch.nn.Module) -> CaptureKey:
     return capture_key(served_graph(graph_of(model)).module, {}, inference=True)
 
 
-def test_packed_products_have_the_key_of_plain_ones() -> None:
-    packed = served_graph(graph_of(Decoder(packed=True)))
-    assert len(packed.packed) == 8
-    assert "onednn" not in str(packed.module.graph)
-    assert capture_key(packed.module, {}, inference=True).text == key_of(Decoder(packed=False)).text
+@pytest.mark.parametrize(("packed", "dtype", "shape"), [("handle", "i64", ()), ("tiles", "f64", (64, 64))])
+def test_packed_products_have_the_key_of_plain_ones(packed: str, dtype: str, shape: tuple[int, ...]) -> None:
+    served = served_graph(graph_of(Decoder(packed=packed)))
+    assert len(served.packed) == (10 if packed == "tiles" else 8)  # the bias of each layer is of another type beside tiles
+    assert {p.dtype for p in served.packed} == {dtype}
+    assert shape in {p.shape for p in served.packed}
+    assert not {"onednn_mm", "weight_packed_linear"} & {str(getattr(n.target, "__name__", "")) for n in served.module.graph.nodes}
+    assert capture_key(served.module, {}, inference=True).text == key_of(Decoder()).text
 
 
 def test_ranks_and_processes_have_one_key() -> None:
@@ -41,7 +44,7 @@ def test_another_computation_has_another_key(other: Decoder) -> None:
 
 
 def test_the_graph_that_came_is_left_as_it_is() -> None:
-    module = graph_of(Decoder(packed=True, rank=1))
+    module = graph_of(Decoder(packed="handle", rank=1))
     before = str(module.graph)
     served_graph(module)
     assert str(module.graph) == before

@@ -76,8 +76,8 @@ def strict(bundle: tuple[str, str], how: str = "start", facts: tuple = FACTS) ->
     return Server(ServeSettings(bundle=bundle[0], strict=how), facts, bundle=bundle[0], digest=bundle[1])
 
 
-@pytest.mark.parametrize(("packed", "rank", "handle"), [(False, 0, 2), (True, 0, 3), (True, 1, 5)])
-def test_one_bundle_serves_ranks_and_packed_weights(bundle: tuple[str, str], packed: bool, rank: int, handle: int) -> None:
+@pytest.mark.parametrize(("packed", "rank", "handle"), [("", 0, 2), ("handle", 0, 3), ("tiles", 0, 3), ("handle", 1, 5)])
+def test_one_bundle_serves_ranks_and_packed_weights(bundle: tuple[str, str], packed: str, rank: int, handle: int) -> None:
     model = Decoder(packed=packed, rank=rank, handle=handle)
     kept = Kept(strict(bundle))
     check(served(model, kept), model)
@@ -108,10 +108,10 @@ def test_saved_bytes_name_the_bundle_and_hold_no_code(bundle: tuple[str, str]) -
     assert COUNTS.loaded_warm == 1
 
 
-INCOMPLETE = b'{"format":1,"bundle":"x","digest":"","key":"","stance":""}'
+INCOMPLETE = b'{"format":2,"bundle":"x","digest":"","key":"","stance":""}'
 
 
-@pytest.mark.parametrize("data", [b"", b"{}", b"[]", b'{"format":2}', INCOMPLETE, b"\x80\x04K."])
+@pytest.mark.parametrize("data", [b"", b"{}", b"[]", b'{"format":1}', INCOMPLETE, b"\x80\x04K."])
 def test_hostile_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(BundleError):
         Handle.decode(data)
