@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from flagtree.artifact.bundle import copy_bundle, open_bundle, write_bundle
 from flagtree.artifact.code import code_digest
-from flagtree.artifact.container import SUFFIX, check_place
+from flagtree.artifact.container import SUFFIX, check_one_file, check_place
 from flagtree.artifact.files import writing
 from flagtree.artifact.key import KeyFactors
 from flagtree.artifact.store import Store
@@ -57,8 +57,7 @@ def compile_model(
     chosen = tuple(dict.fromkeys(parts or spec.part_names))
     for part in chosen:
         spec.bounds(part)
-    if out is not None and out.suffix == SUFFIX and len(targets) > 1:
-        raise BundleError("one file cannot hold the bundles of several targets", where=str(out), hint="name a folder with --out")
+    check_one_file(out, targets)
     job = _Job(spec, chosen, dtype, jobs or settings.jobs, progress)
     job.title = _title(spec, layers, dtype)
     return CompileReport(spec.name, tuple(job.bundle(find_target(name), out) for name in targets))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flagtree.artifact.bundle import copy_bundle, write_bundle
-from flagtree.artifact.container import SUFFIX, check_place
+from flagtree.artifact.container import SUFFIX, check_one_file, check_place
 from flagtree.artifact.files import canonical_json, sha256
 from flagtree.artifact.recording import RecordedGraph
 from flagtree.artifact.store import Store
@@ -28,12 +28,13 @@ from flagtree.debug import Ladder
 from flagtree.errors import BundleError, IRError
 from flagtree.ir.canonical import Isolated, digest, isolate_all
 from flagtree.ir.parse import parse_program
-from flagtree.ir.program import Extern, Kernel, Program
+from flagtree.ir.program import Extern, Kernel, Program, Repeat
 from flagtree.ir.text import print_program
 from flagtree.ir.traffic import program_traffic
 from flagtree.ir.verify import verify
 from flagtree.passes.base import Fuel
 from flagtree.passes.pipeline import pipeline, run_pipeline
+from flagtree.passes.repeat import fold_layers, named_layers, unrolled
 from flagtree.progress import SILENT, Progress
 from flagtree.settings import settings
 from flagtree.targets import find_target
@@ -57,8 +58,7 @@ def compile_graphs(
 
     Raises BundleError for a recording that is no valid program, and the error of the part that fails.
     """
-    if out is not None and out.suffix == SUFFIX and len(targets) > 1:
-        raise BundleError("one file cannot hold the bundles of several targets", where=str(out), hint="name a folder with --out")
+    check_one_file(out, targets)
     reports = []
     for target in map(find_target, targets):
         title = folder_name(f"{name}-{target.name}")
@@ -95,13 +95,13 @@ def build_graphs(
     lowered, programs, kernels = {}, {}, {}
     for graph in graphs:
         lowered[graph.name] = _parsed(graph)
-        programs[graph.name] = _generated(graph.name, lowered[graph.name], target)
+        programs[graph.name] = _generated(graph, lowered[graph.name], target)
         kernels[graph.name] = {k.name: (alone, digest(alone.program)) for k, alone in isolate_all(programs[graph.name])}
         clock.advance()
     distinct = {d: alone.program for part in kernels.values() for alone, d in part.values()}
     clock.phase("kernels", len(distinct))
     built = {b.digest: b for b in build_kernels(list(distinct.items()), target, jobs, clock, store)}
-    reports = {g.name: _report(g.name, target, lowered[g.name], programs[g.name], kernels[g.name], built) for g in graphs}
+    reports = {g.name: _report(g, target, lowered[g.name], programs[g.name], kernels[g.name], built) for g in graphs}
     clock.phase("certificate", len(distinct))
     evidence = gather_described(_described(programs, kernels), built, target, jobs, clock, store) if check else None
     files = evidence.files if evidence else {}
@@ -125,17 +125,49 @@ def build_graphs(
 
 
 def _parsed(graph: RecordedGraph) -> Program:
-    """The recorded program, one step a call."""
+    """The recorded program, one step a call; of equal inner layers the first two."""
     try:
         program = parse_program(graph.program)
         verify(program)
+        _check_layers(graph, program)
     except IRError as error:
         raise BundleError("a recorded graph is no valid program", where=graph.name, why=error.render(), hint="record it again") from error
     return program
 
 
-def _generated(name: str, lowered: Program, target: Target) -> Program:
-    """The program after all passes."""
+def _check_layers(graph: RecordedGraph, program: Program) -> None:
+    """IRError when the names of layers and arguments are not those of one program."""
+    names = [name for layer in graph.layers for name in layer]
+    present = {b.name for b in program.buffers}
+    if not graph.layers and not graph.arguments:
+        return
+    if len(graph.layers) < 3 or len({len(layer) for layer in graph.layers}) != 1 or len(set(names)) != len(names):
+        raise IRError("the layers of the recording do not correspond")
+    kept, gone = [[n for layer in some for n in layer] for some in (graph.layers[:2], graph.layers[2:])]
+    if not present.issuperset(kept) or not present.isdisjoint(gone):
+        raise IRError("the program of the recording does not have its first two inner layers")
+    made = {name for step in program.steps if isinstance(step, Extern) for name in step.outputs}
+    given = {b.name for b in program.buffers if b.alias_of is None and b.role != "temp"} - made
+    if len(set(graph.arguments)) != len(graph.arguments) or set(graph.arguments) != given.union(names):
+        raise IRError("the arguments of the recording are not those of its program")
+
+
+def _generated(graph: RecordedGraph, lowered: Program, target: Target) -> Program:
+    """The program after all passes, at full depth.  The passes see few layers; all of them where these no longer are equal then."""
+    program = _passed(graph.name, lowered, target)
+    if not graph.layers:
+        return program
+    layers = named_layers(graph.layers)
+    try:
+        folded = fold_layers(program, layers)
+    except IRError:
+        return _passed(graph.name, _in_order(unrolled(fold_layers(lowered, layers)), lowered, graph), target)
+    folded = _in_order(folded, lowered, graph)
+    verify(folded)
+    return folded
+
+
+def _passed(name: str, lowered: Program, target: Target) -> Program:
     ladder = Ladder(f"{name}-{target.name}")
     ladder.start(lowered)
     program, _ = run_pipeline(lowered, pipeline(target), target, fuel=Fuel(settings.fuel), after=ladder.after)
@@ -143,8 +175,16 @@ def _generated(name: str, lowered: Program, target: Target) -> Program:
     return program
 
 
+def _in_order(program: Program, lowered: Program, graph: RecordedGraph) -> Program:
+    """Every argument declared, in the order in which the server passes them, also one that nothing reads any more."""
+    first = {name: like for layer in graph.layers for name, like in zip(layer, graph.layers[0])}
+    declared = {b.name: b for b in program.buffers}
+    given = {name: declared.get(name) or replace(lowered.buffer(first.get(name, name)), name=name) for name in graph.arguments}
+    return program.with_(buffers=(*given.values(), *(b for b in program.buffers if b.name not in given)))
+
+
 def _report(
-    part: str,
+    graph: RecordedGraph,
     target: Target,
     lowered: Program,
     program: Program,
@@ -154,7 +194,23 @@ def _report(
     digests = {kernel: d for kernel, (_, d) in kernels.items()}
     told = {d: Built(b.tier, b.missing, b.facts) for d, b in built.items()}
     sizes = {s.name: min(max(REFERENCE_TOKENS, s.lo), s.hi) for s in program.symbols}
-    return part_report(part, target.name, program, digests, told, _bytes_by_node(lowered, sizes), None, sizes)
+    before = _bytes_of_a_layer(fold_layers(lowered, named_layers(graph.layers)), sizes) if graph.layers else None
+    report = part_report(graph.name, target.name, program, digests, told, _bytes_by_node(lowered, sizes), before, sizes)
+    return replace(report, about=_about(graph))
+
+
+def _about(graph: RecordedGraph) -> str:
+    """Whose graph it is, for a reader."""
+    facts = graph.facts
+    known = [facts.get("model", ""), f"tensor parallel {facts['tensor_parallel']}" if "tensor_parallel" in facts else ""]
+    return ", ".join([*filter(None, known), f"predicted {facts['predicted']}" if "predicted" in facts else "recorded"])
+
+
+def _bytes_of_a_layer(lowered: Program, sizes: Mapping[str, int]) -> int:
+    """Bytes before fusion of one inner layer, externs included."""
+    (repeat,) = (s for s in lowered.steps if isinstance(s, Repeat))
+    inner = {step.name for step in repeat.body}
+    return sum(s.bytes for s in program_traffic(lowered, sizes).steps if s.name in inner) // repeat.count
 
 
 def _bytes_by_node(lowered: Program, sizes: Mapping[str, int]) -> dict[str, int]:

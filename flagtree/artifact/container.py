@@ -17,7 +17,7 @@ import shutil
 import stat
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from flagtree.artifact import files
@@ -175,6 +175,12 @@ def publish(path: Path, content: Mapping[str, bytes]) -> None:
                 _write_folder(whole, content)
                 _move_in(whole, path, temporary / "replaced")
             files.sync_folder(path.parent)
+
+
+def check_one_file(path: Path | None, targets: Sequence[str]) -> None:
+    """BundleError when `path` is a file and there is more than one target."""
+    if path is not None and path.suffix == SUFFIX and len(targets) > 1:
+        raise BundleError("one file cannot hold the bundles of several targets", where=str(path), hint="name a folder with --out")
 
 
 def check_place(path: Path) -> None:

@@ -23,8 +23,13 @@ _Result = tuple[Literal["buffer"], int] | tuple[Literal["index"], object] | tupl
 
 class RecordedGraph(BaseModel):
     """`key`: the capture key, the hash of `text`.  `program`: IR text, as lowered.  `results`: what the graph returns, in order:
-    ("buffer", position among the program's outputs), ("index", expression) or ("value", a plain value).  `versions`: of what made the
-    graph; `facts`: what is known of the model and the server (class, parallel degree, element type), for messages and checks."""
+    ("buffer", position among the program's outputs), ("index", expression) or ("value", a plain value).
+
+    Where equal layers were taken out of the program, `layers` has the names of what each inner layer takes, in corresponding order, the
+    first two of them still in the program, and `arguments` the names of everything that the graph takes, in order.
+
+    `versions`: of what made the graph; `facts`: what is known of the model and the server (class, parallel degree, element type), for
+    messages and checks; "predicted" among them where no server met the graph."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -33,6 +38,8 @@ class RecordedGraph(BaseModel):
     text: _Text
     program: _Text
     results: list[_Result]
+    layers: list[list[_Word]] = []
+    arguments: list[_Word] = []
     versions: dict[_Word, _Word]
     facts: dict[_Word, _Word]
 

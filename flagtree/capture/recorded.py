@@ -6,6 +6,7 @@ The server has dropped the guards of its trace, so sizes start at one and end at
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from typing import Any
 
@@ -18,12 +19,15 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from flagtree.artifact.recording import LEAST_PROMISE, RecordedGraph
 from flagtree.capture.dynamo import placeholder_names, result_of
 from flagtree.capture.normalise import normalise
-from flagtree.errors import CaptureError
+from flagtree.capture.periods import Periods, find_periods
+from flagtree.errors import CaptureError, IRError
 from flagtree.ir.program import Program, Symbol
 from flagtree.ir.text import print_program
 from flagtree.lower.decompositions import DECOMPOSITIONS
 from flagtree.lower.lowering import lower, lowers
+from flagtree.passes.repeat import fold_layers, named_layers
 from flagtree.runtime.capture_key import CaptureKey, example_value
+from flagtree.serve.graph import Served
 
 
 def record(
@@ -41,6 +45,18 @@ def record(
     CaptureError when no program carries the graph, or it holds tensors of its own.
     """
     names = placeholder_names(module)
+    weights = {name for k, name in enumerate(names) if is_weight(k)}
+    periods = find_periods(module, names)
+    if periods is not None:
+        program, results = _lowered(periods.module, key, weights, most)
+        if _repeats(program, periods):
+            return _recording(key, program, results, versions, facts, periods)
+    return _recording(key, *_lowered(module, key, weights, most), versions, facts)
+
+
+def _lowered(module: fx.GraphModule, key: CaptureKey, weights: AbstractSet[str], most: int) -> tuple[Program, list[object]]:
+    """The program of `module` with the sizes that the recording promises, and what the graph returns."""
+    names = placeholder_names(module)
     own = _Own()
     values = [own.value(example_value(n)) for n in module.graph.nodes if n.op == "placeholder"]
     normal = normalise(module, names, values, lowers, DECOMPOSITIONS, own.mode)
@@ -48,17 +64,46 @@ def record(
     if normal.constants:
         shapes = ", ".join(str(tuple(t.shape)) for t in normal.constants.values())
         raise CaptureError("the graph holds tensors of its own, and a recording carries none", why=f"shapes {shapes}")
-    roles = {name: "weight" for k, name in enumerate(names) if isinstance(values[k], torch.Tensor) and is_weight(k)}
+    roles = {name: "weight" for name, value in zip(names, values) if isinstance(value, torch.Tensor) and name in weights}
     lowered = lower(normal.graph, f"graph_{key.digest[:16]}", roles)
-    program = _unguarded(lowered.program, max(most, LEAST_PROMISE))
+    return _unguarded(lowered.program, max(most, LEAST_PROMISE)), lowered.results
+
+
+def _repeats(program: Program, periods: Periods) -> bool:
+    """Are the inner layers still equal as lowered?"""
+    try:
+        fold_layers(program, named_layers(periods.layers))
+    except IRError:
+        return False
+    return True
+
+
+def _recording(
+    key: CaptureKey,
+    program: Program,
+    results: list[object],
+    versions: Mapping[str, str] | None,
+    facts: Mapping[str, str] | None,
+    periods: Periods | None = None,
+) -> RecordedGraph:
     return RecordedGraph(
         key=key.digest,
         text=key.text,
         program=print_program(program),
-        results=[tuple(result_of(r, program)) for r in lowered.results],
+        results=[tuple(result_of(r, program)) for r in results],
+        layers=[list(layer) for layer in periods.layers] if periods else [],
+        arguments=list(periods.arguments) if periods else [],
         versions=dict(versions or {}),
         facts=dict(facts or {}),
     )
+
+
+def record_served(served: Served, key: CaptureKey, example_inputs: Sequence[Any], **about: Any) -> RecordedGraph:
+    """As `record`, of a server's prepared graph; `example_inputs` are those of the graph as it came."""
+    names = [n.name for n in served.module.graph.nodes if n.op == "placeholder"]
+    is_weight = weights_among([*(example_inputs[k] for k in served.takes), *served.extra], names)
+    packed = {p.position for p in served.packed}
+    return record(served.module, key, is_weight=lambda k: k in packed or is_weight(k), **about)
 
 
 class _Own:

@@ -66,6 +66,7 @@ class PartReport:
     `..._per_layer` describe one period of the model's `Repeat` (None where the part has none): generated kernels, and bytes
     of kernels and externs together.  `launches_total` counts the generated kernels of one run of the part.  `weights`: named
     weights that it binds.  `symbols`: name to (lowest, highest, multiple), which is the coverage that the bundle promises.
+    `about`: whose graph it is and where it comes from, when the name does not say it.
     """
 
     name: str
@@ -79,6 +80,7 @@ class PartReport:
     bytes_after_per_layer: int | None = None
     symbols: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
     reference: Mapping[str, int] = field(default_factory=dict)
+    about: str = ""
 
     @property
     def bytes_before(self) -> int:

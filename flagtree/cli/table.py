@@ -6,6 +6,7 @@ The commands `compile` and `inspect` print these on stdout.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -29,10 +30,20 @@ def print_report(report: CompileReport, console: Console) -> None:
         console.print()
 
 
+def print_serving(report: CompileReport, console: Console) -> None:
+    """How vLLM is told to use each bundle."""
+    for bundle in report.bundles:
+        name = f"flagtree.serve.bundles.d_{bundle.digest.removeprefix('sha256:')}"
+        settings = json.dumps({"flagtree": {"bundle": bundle.path}}, ensure_ascii=False)
+        command = f"-cc.mode=2 -cc.backend={name} '-cc.custom_ops=[\"none\"]' --additional-config '{settings}'"
+        console.print(Text("serve  ", "bold") + Text(command), soft_wrap=True)
+
+
 def render_part(model: str, part: PartReport) -> RenderableType:
     """Kernels, then externs, then the totals of one part."""
     at = ", ".join(f"{name} {value}" for name, value in part.reference.items())
-    title = Text.assemble((f"{model} {part.name}", "bold"), f" for {part.target}", (f", bytes at {at}" if at else "", "dim"))
+    about = f" ({part.about})" if part.about else ""
+    title = Text.assemble((f"{model} {part.name}", "bold"), about, f" for {part.target}", (f", bytes at {at}" if at else "", "dim"))
     tables: list[RenderableType] = [title, _kernels(part.kernels)]
     if part.externs:
         tables += [Text(), _externs(part.externs)]

@@ -8,7 +8,7 @@ and intermediates by name.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from flagtree.errors import IRError
@@ -25,6 +25,34 @@ class Layers:
     depth: int
     layer_of: Callable[[str], int | None]
     at_layer: Callable[[str, int], str]
+
+
+def named_layers(layers: Sequence[Sequence[str]]) -> Layers:
+    """Layers whose buffers have any names: `layers[k]` names those of layer k + 1 in corresponding order, and two of them and the first
+    layer, which is in no list, are captured."""
+    place = {name: (number, slot) for number, names in enumerate(layers, 1) for slot, name in enumerate(names)}
+
+    def layer_of(name: str) -> int | None:
+        return place[name][0] if name in place else None
+
+    def at_layer(name: str, layer: int) -> str:
+        return layers[layer - 1][place[name][1]] if name in place else name
+
+    return Layers(3, len(layers) + 1, layer_of, at_layer)
+
+
+def unrolled(program: Program) -> Program:
+    """Every repeat as its steps, one iteration after the other; fold_layers bound all that differs from one to the next."""
+    steps: list[Step] = []
+    for step in program.steps:
+        if not isinstance(step, Repeat):
+            steps.append(step)
+            continue
+        for i in range(step.count):
+            actual = {formal: names[i] for formal, names in step.bindings}
+            steps += [replace(renamed(inner, actual), name=f"{inner.name}.{i}") for inner in step.body]
+    formals = {f for s in program.steps if isinstance(s, Repeat) for f, _ in s.bindings}
+    return program.with_(steps=tuple(steps), buffers=tuple(b for b in program.buffers if b.name not in formals))
 
 
 def fold_layers(program: Program, layers: Layers, name: str = "layer") -> Program:

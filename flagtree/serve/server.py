@@ -16,14 +16,14 @@ from torch import fx
 
 from flagtree.artifact.recording import RecordedGraph, append_recorded, part_name
 from flagtree.errors import FlagtreeError
-from flagtree.runtime.capture_key import Unkeyed, capture_key, example_value
+from flagtree.runtime.capture_key import Unkeyed, example_value
 from flagtree.runtime.cpu import levels
 from flagtree.serve import stored
 from flagtree.serve.agreement import Facts, check_agreement
 from flagtree.serve.callee import Eager, Handle, ServedGraph
 from flagtree.serve.configuration import ServeSettings, resolved
 from flagtree.serve.counts import COUNTS, line, logger
-from flagtree.serve.graph import Served, served_graph
+from flagtree.serve.graph import Served, key_of, served_graph
 from flagtree.serve.metrics import publish
 from flagtree.serve.opened import OpenedBundle, open_for_serving
 
@@ -85,7 +85,7 @@ class Server:
         """The callable for one graph: vLLM's contract of a compiler in mode 2.  `piece`: what messages call it."""
         served = served_graph(module)
         try:
-            key = capture_key(served.module, {"format": "vllm 1"}, inference=True)
+            key = key_of(served)
         except Unkeyed as reason:
             return self._eager(module.forward, piece, f"it has no capture key: {reason}")
         known = self._known(key.digest)
@@ -96,11 +96,9 @@ class Server:
         tensors = [v for n in module.graph.nodes if n.op == "placeholder" and isinstance(v := example_value(n), torch.Tensor)]
 
         def record(**about: Any) -> RecordedGraph:
-            from flagtree.capture.recorded import record, weights_among
+            from flagtree.capture.recorded import record_served
 
-            names = [n.name for n in served.module.graph.nodes if n.op == "placeholder"]
-            is_weight = weights_among([*(example_inputs[k] for k in served.takes), *served.extra], names)
-            return record(served.module, key, is_weight=is_weight, **about)
+            return record_served(served, key, example_inputs, **about)
 
         try:
             built = self._built(record, {t.device.type for t in tensors})
