@@ -6,6 +6,7 @@ writes starts as NaN (or the smallest integer), so that an element left out show
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ GUARD = 64  # elements before and after each tensor, so that a write outside sho
 _DIVISIONS = frozenset({"floordiv", "mod", "truncdiv", "fmod", "div"})
 _POSITIVE = frozenset({"sqrt", "rsqrt", "log", "log2", "log10", "pow"})  # real for positive operands only
 _ORDINARY_INTEGERS = (-64, 63)
+_MANY = 2**26  # points of a domain of which a setting of more rows would be a copy: in float64 each tensor takes half a gigabyte
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,6 +60,8 @@ def sample_symbols(program: Program, rows: int = 3) -> list[dict[str, int]]:
     odd = {s.name: _fitting(s, max(2, s.lo)) for s in program.symbols}
     if first is not None:
         odd[first.name] = _fitting(first, max(low[first.name], rows | 1))
+        if math.prod(axis.extent.evaluate(odd) for axis in kernel.axes) > _MANY:  # fixed sizes that are large: more of them shows no more
+            odd[first.name] = low[first.name]
     largest = max((odd[n] for n in walked if n in odd), default=1)
     for s in program.symbols:
         if s.name not in walked:
