@@ -57,6 +57,7 @@ class Assembled:
     parts: tuple[PartReport, ...]
     tiers: Mapping[str, int]
     executed: Mapping[str, int] = field(default_factory=dict)
+    stored: int = 0
 
 
 def generate_part(part: CapturedPart, target: Target) -> GeneratedPart:
@@ -65,7 +66,7 @@ def generate_part(part: CapturedPart, target: Target) -> GeneratedPart:
     ladder.start(part.lowered.program)
     fuel = Fuel(settings.fuel)
     program, reports = run_pipeline(part.lowered.program, pipeline(target), target, fuel=fuel, after=ladder.after)
-    program = rename_output(fold_layers(program, part.layers), 0, "logits")
+    program = rename_output(fold_layers(program, part.layers), 0, part.captured.result)
     verify(program)
     ladder.finish(program)
     kernels = {kernel.name: (alone, digest(alone.program)) for kernel, alone in isolate_all(program)}
@@ -81,7 +82,8 @@ def assemble(parts: Mapping[str, CapturedPart], target: Target, jobs: int, progr
         progress.advance()
     distinct = {d: alone.program for g in generated.values() for alone, d in g.kernels.values()}
     progress.phase("kernels", len(distinct))
-    built = {b.digest: b for b in build_kernels(list(distinct.items()), target, jobs, progress, store)}
+    stored: list[int] = []
+    built = {b.digest: b for b in build_kernels(list(distinct.items()), target, jobs, progress, store, stored.append)}
     Ladder(f"{next(iter(parts.values())).captured.name}-{target.name}").built(built.values())
     progress.phase("certificate", len(distinct))
     from flagtree.check.evidence import gather
@@ -98,14 +100,14 @@ def assemble(parts: Mapping[str, CapturedPart], target: Target, jobs: int, progr
         "certificate": evidence.content,
         "programs": {name: print_program(g.program.with_(name=name)) for name, g in generated.items()},
     }
-    return Assembled(content, tuple(reports.values()), tiers(built), evidence.executed)
+    return Assembled(content, tuple(reports.values()), tiers(built), evidence.executed, stored[0])
 
 
 def _report(name: str, g: GeneratedPart, target: Target, built: Mapping[str, BuiltKernel]) -> PartReport:
     digests = {kernel: d for kernel, (_, d) in g.kernels.items()}
     told = {d: Built(b.tier, b.missing, b.facts) for d, b in built.items()}
     before = g.part.before
-    inner = before.layer_bytes(min(1, g.part.captured.captured_layers - 1))
+    inner = before.layer_bytes(g.part.captured.inner_layer)
     return part_report(name, target.name, g.program, digests, told, before.node_bytes(), inner, g.part.reference)
 
 

@@ -146,7 +146,7 @@ class _Job:
         clock.phase("bundle")
         digest = write_bundle(home, name=self.spec.name, target=target.name, **made.content)
         record_built(digest, self.store)
-        report = BundleReport(target.name, str(home), digest, made.parts, made.tiers, clock.seconds(), False, made.executed)
+        report = BundleReport(target.name, str(home), digest, made.parts, made.tiers, clock.seconds(), False, made.executed, made.stored)
         text = CompileReport(self.spec.name, (report,)).to_json()
         self.store.put(KIND, key.digest(), {"report.json": text.encode()}, {"factors": dict(key.factors)})
         return report

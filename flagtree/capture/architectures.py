@@ -9,13 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Vision = Literal["merged patches", "padded patches", "whole images"]
+Vision = Literal["merged patches", "padded patches", "square images"]
 
 # the sizes that the tower of each kind needs bounds for
 VISION_SIZES: dict[Vision, tuple[str, ...]] = {
     "merged patches": ("tokens", "edges"),
     "padded patches": ("images", "patches"),
-    "whole images": ("images",),
+    "square images": ("images", "side"),
 }
 
 
@@ -45,7 +45,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "MiniMaxM2ForCausalLM": _PLAIN,
     "Qwen2_5_VLForConditionalGeneration": Architecture(positions=3, vision="merged patches", renamed=_QWEN_VL),
     "MiniCPMV": Architecture(vision="padded patches", reference="minicpmv4"),
-    "Step3VLForConditionalGeneration": Architecture(vision="whole images", reference="step3"),
+    "Step3VLForConditionalGeneration": Architecture(vision="square images", reference="step3"),
     "Step3TextForCausalLM": Architecture(reference="step3"),
 }
 

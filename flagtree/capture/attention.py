@@ -6,6 +6,9 @@ transformers makes no mask for an attention without a mask function, so a captur
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from flagtree.capture.cache import ExplicitCache
@@ -13,6 +16,7 @@ from flagtree.errors import CaptureError
 from flagtree.runtime import operators as operators  # registers torch.ops.flagtree.*
 
 ATTENTION_NAME = "flagtree"
+PACKED_NAME = "flagtree_flash"  # transformers takes the path of packed sequences where the name says flash
 
 # what transformers passes along that says nothing about the numbers
 _HARMLESS = frozenset({"position_ids", "use_cache", "cache_position", "output_attentions", "is_causal"})
@@ -24,6 +28,34 @@ def register_attention() -> str:
 
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, cached_attention)
     return ATTENTION_NAME
+
+
+def take_packed_attention(tower: Any) -> None:
+    """Give a vision tower of transformers the operator for packed sequences; its blocks then know their number."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(PACKED_NAME, packed_attention)
+    tower.config._attn_implementation_internal = PACKED_NAME  # the constructor takes none but names that it knows
+    for number, block in enumerate(tower.blocks):
+        block.attn.layer_idx = number
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    flagtree_bounds: Sequence[torch.Tensor],
+    scaling: float,
+    **options: object,
+) -> tuple[torch.Tensor, None]:
+    """One attention of a tower over sequences packed into one: all [1, H, T, D], `flagtree_bounds` one a block; returns [T, H, D]."""
+    if attention_mask is not None or options.get("is_causal") is not False:
+        raise CaptureError("the tower's attention is masked", where=type(module).__name__)
+    rows = [x[0].transpose(0, 1) for x in (query, key, value)]
+    return torch.ops.flagtree.varlen_attention(*rows, flagtree_bounds[int(module.layer_idx)], float(scaling)), None  # type: ignore[arg-type]
 
 
 def cached_attention(

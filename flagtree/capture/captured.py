@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from flagtree.passes.repeat import Run
+
 
 @dataclass(frozen=True, slots=True)
 class Placeholder:
@@ -26,27 +28,44 @@ class Placeholder:
 
 @dataclass(frozen=True, slots=True)
 class CapturedModel:
-    """A part of a model, traced at true width with `captured_layers` of its `depth` decoder layers.
+    """A part of a model, traced at true width with a few layers of each kind.
 
-    `graph_module` takes `placeholders` in order and returns a tuple of one tensor, the logits [batch, vocabulary] of each sequence's
-    last token; the caches are written in place.  `dims` maps batch, sequence and context to their symbol in the graph (a size whose
-    bounds are equal is a number and has none), `ranges` each symbol to its inclusive bounds, `constants` each constant's qualified
-    name to its values.  `layer_prefix` is `model.layers.`.
+    `graph_module` takes `placeholders` in order and returns a tuple of one tensor, called `result`: the logits [batch, vocabulary] of each
+    sequence's last token (the caches are written in place), or a tower's features.  `dims` maps batch, sequence, context and the like to
+    their symbol in the graph (a size whose bounds are equal is a number and has none), `ranges` each symbol to its inclusive bounds,
+    `constants` each constant's qualified name to its values.  `layer_prefix` is `model.layers.`; names have the layer's number in the model
+    at full depth, `runs` tells which layers are there.
     """
 
     name: str
     part: str
+    result: str
     graph_module: torch.fx.GraphModule
     placeholders: tuple[Placeholder, ...]
     dims: Mapping[str, str]
     ranges: Mapping[str, tuple[int, int]]
     constants: Mapping[str, torch.Tensor]
-    depth: int
-    captured_layers: int
+    runs: tuple[Run, ...]
     layer_prefix: str
 
+    @property
+    def depth(self) -> int:
+        """Layers of the full model."""
+        return sum(run.count for run in self.runs)
+
+    @property
+    def captured_layers(self) -> int:
+        """Layers of the graph."""
+        return sum(run.captured for run in self.runs)
+
+    @property
+    def inner_layer(self) -> int:
+        """A layer that stands for the most others: an interior one of the longest run."""
+        run = max(self.runs, key=lambda run: run.count)
+        return run.first + min(1, run.captured - 1)
+
     def layer_of(self, qualified: str) -> int | None:
-        """The decoder layer that a weight, cache or module path belongs to, None for what stands outside the layers."""
+        """The layer that a weight, cache or module path belongs to, None for what stands outside the layers."""
         found = re.match(self._layer_pattern, qualified)
         return int(found[2]) if found else None
 
@@ -56,10 +75,10 @@ class CapturedModel:
 
     @property
     def _layer_pattern(self) -> str:
-        return rf"^({re.escape(self.layer_prefix)}|k_cache\.|v_cache\.)(\d+)(?=\.|$)"
+        return layer_pattern(self.layer_prefix)
 
     def layer_of_node(self, node: torch.fx.Node) -> int | None:
-        """The decoder layer in which a node of the graph was traced, None outside the layers."""
+        """The layer in which a node of the graph was traced, None outside the layers."""
         stack = node.meta.get("nn_module_stack") or {}
         layers = [layer for path, _ in stack.values() if (layer := self.layer_of(path)) is not None]
         return layers[-1] if layers else None
@@ -67,15 +86,21 @@ class CapturedModel:
     def qualified_names(self, role: str) -> tuple[str, ...]:
         """Names of one role at the full depth: those outside the layers, then layer by layer, in the order of the capture."""
         names = [p.qualified for p in self.placeholders if p.role == role]
-        inside = [n for n in names if self.layer_of(n) == 0]
         outside = [n for n in names if self.layer_of(n) is None]
-        return (*outside, *(self.at_layer(n, layer) for layer in range(self.depth) for n in inside))
+        inside = {run.first: [n for n in names if self.layer_of(n) == run.first] for run in self.runs}
+        each = [self.at_layer(n, run.first + k) for run in self.runs for k in range(run.count) for n in inside[run.first]]
+        return (*outside, *each)
 
     def run(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Execute the traced graph eagerly on tensors by qualified name (constants may be left out): the logits [batch, vocabulary].
+        """Execute the traced graph eagerly on tensors by qualified name (constants may be left out): its result.
 
         KeyError names a tensor that is missing.
         """
         arguments = [values[p.qualified] if p.qualified in values else self.constants[p.qualified] for p in self.placeholders]
         with torch.no_grad():
             return torch.fx.Interpreter(self.graph_module).run(*arguments)[0]
+
+
+def layer_pattern(prefix: str) -> str:
+    """A regular expression for names inside layers: what stands before the number, the number."""
+    return rf"^({re.escape(prefix)}|k_cache\.|v_cache\.|bounds\.)(\d+)(?=\.|$)"

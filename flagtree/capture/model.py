@@ -1,183 +1,68 @@
-"""Weight-free capture of a decoder: a model description in, the traced graph with named weights, inputs and state out.
+"""Weight-free capture of one part of a model: a description in, the traced graph with named weights, inputs and state out.
 
 Invariant: no weight is read or allocated and no network is touched; every dynamic size keeps exactly the bounds of the description.
-Between `capture/model_spec.py` and `capture/normalise.py`; a few layers are traced and `CapturedModel` names those of the full depth.
+Between `capture/build.py` and `capture/normalise.py`; a few layers are traced and `CapturedModel` names those of the full depth.
 """
 
 from __future__ import annotations
 
-import contextlib
-import difflib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from flagtree.capture.attention import register_attention
-from flagtree.capture.cache import ExplicitCache
-from flagtree.capture.captured import CapturedModel, Placeholder
+from flagtree.capture.architectures import architecture
+from flagtree.capture.build import PER_GRAPH, build, layer_runs
+from flagtree.capture.captured import CapturedModel, Placeholder, layer_pattern
+from flagtree.capture.inputs import Argument, Part, arguments_of, part_module
 from flagtree.capture.model_spec import Bounds, ModelSpec
 from flagtree.errors import CaptureError
+from flagtree.passes.repeat import Run
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
-    from transformers import PreTrainedConfig, PreTrainedModel
 
 # example sizes of a trace: distinct, and none that a model might use as a width, so that a specialised size shows
-_EXAMPLE = {"batch": 3, "sequence": 11, "context": 53}
+_EXAMPLE = {"batch": 3, "sequence": 11, "context": 53, "features": 7, "images": 5, "patches": 19, "tokens": 13, "edges": 6, "side": 9}
 
-_WRAPPER = "model."  # where `_Part` keeps the model
-
-# what to try where a whole model cannot be captured
-_PER_GRAPH = '`torch.compile(model, backend="flagtree")` captures graph by graph and leaves the rest of the code as it is'
-_COMPARE_CONFIG = "compare `config` in the description with the model's own config.json"
-
-
-class _Part(torch.nn.Module):
-    """What is exported: ids [B, S], start [B], last [B] (prefill only) and the caches in, logits [B, vocabulary] out.
-
-    The rows that the output head shall see are picked in a hook before the head, so that whatever a model class computes after its
-    head (scaling, soft caps) stays in the graph.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self,
-        ids: torch.Tensor,
-        start: torch.Tensor,
-        last: torch.Tensor | None,
-        k_cache: Sequence[torch.Tensor],
-        v_cache: Sequence[torch.Tensor],
-    ) -> torch.Tensor:
-        def pick(head: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
-            hidden = arguments[0]
-            return (hidden[:, 0] if last is None else hidden[torch.arange(hidden.shape[0], device=hidden.device), last],)
-
-        positions = start[:, None]
-        if last is not None:
-            positions = positions + torch.arange(ids.shape[1], device=ids.device)
-        cache = ExplicitCache(k_cache, v_cache, start)
-        hook = self.model.get_output_embeddings().register_forward_pre_hook(pick)
-        try:
-            found = self.model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, flagtree_cache=cache)
-        finally:
-            hook.remove()
-        return found.logits
+_WRAPPER = "model."  # where a part keeps the model
 
 
 def capture(spec: ModelSpec, part: str, layers: int | None = None, dtype: str | None = None) -> CapturedModel:
-    """Trace `prefill` or `decode` of a model with `layers` decoder layers (the recipe's number by default) at its true width.
+    """Trace `prefill`, `decode` or `vision` of a model with `layers` layers of each kind (the recipe's number by default) at true width.
 
-    Raises CaptureError when transformers lacks the class, the configuration is not one of its kind, the model needs what
-    `flagtree::attention` does not compute, or a dynamic size was specialised; UnknownName for another part or dtype.
+    Raises CaptureError when transformers lacks the class, the configuration is not one of its kind, the model needs what our operators
+    do not compute, or a dynamic size was specialised; UnknownName for a part that the model lacks, or another dtype.
     """
-    bounds = spec.bounds(part)
-    layers, element = spec.traced_layers(layers), getattr(torch, spec.element(dtype))
-    where = f"{spec.name}, {part}"
-    model, config = _build(spec, layers, element)
-    constants = _constants(model, config)
+    bounds, element = spec.bounds(part), getattr(torch, spec.element(dtype))
+    where, runs = f"{spec.name}, {part}", layer_runs(spec, part, layers)
+    model = build(spec, part, runs, element)
+    constants = constants_of(model)
+    arguments = arguments_of(spec, part, runs, element)
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     with mode:
         _replace_tensors(model)
-        arguments, dims = _arguments(spec, part, bounds, layers, element)
-    program = _export(_Part(model), arguments, dims, where)
-    names = _argument_names(part, layers)
-    return _captured(spec, part, layers, program, names, constants, _tied_names(model), _layer_prefix(model, layers, where))
+        values, dims = _examples(bounds, arguments)
+    program = _export(part_module(spec, part, model), values, dims, where)
+    prefix = _layer_prefix(model, sum(run.captured for run in runs), where)
+    return _Naming(spec, part, runs, prefix, constants, _tied_names(model)).captured(program, arguments)
 
 
-def _build(spec: ModelSpec, layers: int, element: torch.dtype) -> tuple[PreTrainedModel, PreTrainedConfig]:
-    """The model on the meta device, `layers` deep, with our attention."""
-    try:
-        import transformers
-    except ImportError as error:
-        hint = "pip install 'flagtree-toolkit[models]'"
-        raise CaptureError("capturing a model needs transformers", where=spec.name, why=str(error), hint=hint) from error
-    model_class = getattr(transformers, spec.architecture, None)
-    if not isinstance(model_class, type) or not issubclass(model_class, transformers.PreTrainedModel):
-        raise CaptureError(
-            f"transformers {transformers.__version__} has no model class '{spec.architecture}'", where=spec.name,
-            hint="`architecture` in the description is the class named under \"architectures\" in the model's config.json",
-        )
-    config = _configuration(spec, model_class.config_class, layers)
-    config._attn_implementation = register_attention()
-    try:
-        with _default_dtype(element), torch.device("meta"):
-            model: PreTrainedModel = model_class(config)
-    except Exception as error:  # whatever a model's own code raises for numbers that do not fit together
-        why = f"{type(error).__name__}: {error}"
-        raise CaptureError("the model cannot be built", where=spec.name, why=why, hint=_COMPARE_CONFIG) from error
-    return model.eval().requires_grad_(False), config
-
-
-def _configuration(spec: ModelSpec, config_class: type[PreTrainedConfig] | None, layers: int) -> PreTrainedConfig:
-    """The description as transformers' configuration with `layers` layers.
-
-    Refused: a field that transformers would ignore where another was meant, a width that transformers would make up, and what a plain
-    full-attention decoder lacks, at any depth.
-    """
-    if config_class is None:
-        raise CaptureError(f"{spec.architecture} has no configuration class", where=spec.name, hint="name the class of one model family")
-    known = set(config_class().to_dict()) | {"rope_theta", "rope_scaling", "model_type"}
-    for field in spec.config:
-        near = difflib.get_close_matches(field, sorted(known - set(spec.config)), n=1, cutoff=0.85) if field not in known else ()
-        if near:
-            raise CaptureError(f"{config_class.__name__} has no field '{field}'", where=spec.name, hint=f"closest: {near[0]}")
-    kind = spec.config.get("model_type", config_class.model_type)
-    if kind != config_class.model_type:
-        raise CaptureError(
-            f"model_type '{kind}' is not that of {spec.architecture}", where=spec.name, hint=f"it is {config_class.model_type}"
-        )
-    if spec.config.get("quantization_config"):
-        raise CaptureError("a quantised configuration cannot be captured", where=spec.name, hint="describe the unquantised model")
-    fields = {name: value for name, value in spec.config.items() if name != "model_type"}
-    try:
-        full = config_class(**fields)
-        kinds = getattr(full, "layer_types", None) or []
-        config = config_class(**{**fields, "num_hidden_layers": layers, **({"layer_types": kinds[:layers]} if kinds else {})})
-    except Exception as error:  # transformers validates with several exception types; each means a wrong configuration
-        raise CaptureError("transformers refuses the configuration", where=spec.name, why=str(error), hint=_COMPARE_CONFIG) from error
-    if others := sorted(set(kinds) - {"full_attention"}):
-        why = f"layer_types holds {', '.join(others)}"
-        raise CaptureError("only full attention is captured", where=spec.name, why=why, hint=_PER_GRAPH)
-    rope = getattr(full, "rope_parameters", None) or {}
-    if rope.get("rope_type") in ("dynamic", "longrope"):
-        why = f"rotary frequencies of type '{rope['rope_type']}' change with the length of the text"
-        raise CaptureError("the rotary positions depend on data", where=spec.name, why=why, hint=_PER_GRAPH)
-    for field, described in (("head_dim", spec.head_width), ("num_key_value_heads", spec.key_heads)):
-        taken = getattr(full, field, None) or described
-        if taken != described:
-            why = f"the description means {described}, transformers would take {taken}"
-            raise CaptureError(f"the field '{field}' is missing", where=spec.name, why=why, hint="give it; no default is taken")
-    return config
-
-
-@contextlib.contextmanager
-def _default_dtype(element: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(element)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def _constants(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, torch.Tensor]:
+def constants_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Values of the tables that are not weights (rotary frequencies): the owning modules built once more, on the CPU."""
     found: dict[str, torch.Tensor] = {}
     for path, module in model.named_modules():
         if module._non_persistent_buffers_set:
             try:
                 with torch.device("cpu"):
-                    real = type(module)(config)
-            except TypeError as error:
+                    real = type(module)(module.config)
+            except (TypeError, AttributeError) as error:
                 why = f"{type(module).__name__} cannot be built from the configuration alone: {error}"
-                raise CaptureError("a table that is not a weight cannot be computed", where=path, why=why, hint=_PER_GRAPH) from error
+                raise CaptureError("a table that is not a weight cannot be computed", where=path, why=why, hint=PER_GRAPH) from error
             for name in sorted(module._non_persistent_buffers_set):
                 found[f"{path}.{name}"] = real.get_buffer(name).detach().clone()
     return found
@@ -196,25 +81,18 @@ def _replace_tensors(model: torch.nn.Module) -> None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
 
 
-def _arguments(spec: ModelSpec, part: str, bounds: Bounds, layers: int, element: torch.dtype) -> tuple[tuple, tuple]:
-    """Fake arguments of `_Part.forward` and their dynamic dimensions."""
-    limits = {name: _traced(value) for name in _EXAMPLE if (value := getattr(bounds, name))}
+def _examples(bounds: Bounds, arguments: Sequence[Argument]) -> tuple[dict[str, torch.Tensor], dict[str, dict[int, Any]]]:
+    """Fake arguments of a part by name, and their dynamic dimensions."""
+    limits = {name: _traced(value) for name, value in bounds.sizes.items()}
     sizes = {name: max(low, min(_EXAMPLE[name], high)) for name, (low, high) in limits.items()}
-    dim = {name: torch.export.Dim(name, min=low, max=high) if low < high else None for name, (low, high) in limits.items()}
-    batch, tokens, context = sizes["batch"], sizes.get("sequence", 1), sizes["context"]
-
-    def cache() -> list[torch.Tensor]:
-        return [torch.empty(batch, spec.key_heads, context, spec.head_width, dtype=element) for _ in range(layers)]
-
-    def integers(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.int64)
-
-    last = integers(batch) if part == "prefill" else None
-    arguments = (integers(batch, tokens), integers(batch), last, cache(), cache())
-    rows = {0: dim["batch"]}
-    cached = [{0: dim["batch"], 2: dim["context"]}] * layers
-    ids = {0: dim["batch"], 1: dim["sequence"]} if "sequence" in dim else rows
-    return arguments, (ids, rows, None if last is None else rows, cached, cached)
+    dim = {name: torch.export.Dim(name, min=low, max=high) for name, (low, high) in limits.items() if low < high}
+    values: dict[str, torch.Tensor] = {}
+    dims: dict[str, dict[int, Any]] = {}
+    for argument in arguments:
+        shape = [sizes[n] if isinstance(n, str) else n for n in argument.shape]
+        values[argument.name] = torch.empty(shape, dtype=argument.dtype)
+        dims[argument.name] = {d: dim[n] for d, n in enumerate(argument.shape) if isinstance(n, str) and n in dim}
+    return values, dims
 
 
 def _traced(limits: tuple[int, int]) -> tuple[int, int]:
@@ -223,19 +101,14 @@ def _traced(limits: tuple[int, int]) -> tuple[int, int]:
     return (low, max(high, 3)) if low < high else limits
 
 
-def _argument_names(part: str, layers: int) -> list[str]:
-    caches = [f"{cache}.{layer}" for cache in ("k_cache", "v_cache") for layer in range(layers)]
-    return ["ids", "start", *(["last"] if part == "prefill" else []), *caches]
-
-
-def _export(part: _Part, arguments: tuple, dims: tuple, where: str) -> ExportedProgram:
+def _export(part: Part, values: dict[str, torch.Tensor], dims: dict[str, dict[int, Any]], where: str) -> ExportedProgram:
     try:
         with torch.no_grad():
-            return torch.export.export(part.eval(), arguments, dynamic_shapes=dims, strict=False)
+            return torch.export.export(part.eval(), (values,), dynamic_shapes=(dims,), strict=False)
     except CaptureError:
         raise
     except Exception as error:  # export raises what the model's own code raises, and its own constraint violations
-        hint = f"TORCH_LOGS=+dynamic names the line of the model's code; {_PER_GRAPH}"
+        hint = f"TORCH_LOGS=+dynamic names the line of the model's code; {PER_GRAPH}"
         raise CaptureError("the model cannot be traced", where=where, why=f"{type(error).__name__}: {error}", hint=hint) from error
 
 
@@ -250,61 +123,97 @@ def _layer_prefix(model: torch.nn.Module, layers: int, where: str) -> str:
     ]
     if len(found) != 1:
         why = f"candidates: {', '.join(found) or 'none'}"
-        raise CaptureError("the decoder layers cannot be told apart", where=where, why=why, hint=_PER_GRAPH)
+        raise CaptureError("the decoder layers cannot be told apart", where=where, why=why, hint=PER_GRAPH)
     return found[0]
 
 
-def _captured(
-    spec: ModelSpec,
-    part: str,
-    layers: int,
-    program: ExportedProgram,
-    names: list[str],
-    tables: Mapping[str, torch.Tensor],
-    tied: Mapping[str, str],
-    layer_prefix: str,
-) -> CapturedModel:
-    """Names and roles for the placeholders of the exported graph; sizes and weight count checked against the description."""
-    graph_module, where = program.graph_module, f"{spec.name}, {part}"
-    nodes = {node.name: node for node in graph_module.graph.nodes if node.op == "placeholder"}
-    user_names = iter(names)
-    placeholders: list[Placeholder] = []
-    for argument in program.graph_signature.input_specs:
-        node = nodes[argument.arg.name]
-        value = node.meta.get("val")
-        target = (argument.target or "").removeprefix(_WRAPPER)
-        if argument.kind is InputKind.PARAMETER or (argument.kind is InputKind.BUFFER and argument.persistent):
-            role, qualified = "weight", tied.get(target, target)
-        elif argument.kind is InputKind.BUFFER and target in tables:
-            role, qualified = "constant", target
-        elif argument.kind is InputKind.USER_INPUT:
-            if value is not None:
-                qualified = next(user_names)
-                role = "state" if "_cache." in qualified else "input"
-        else:
-            hint = "register the tensor that the model's code makes as a buffer of its module"
-            why = f"kind {argument.kind.name}"
-            raise CaptureError(f"the trace holds a tensor of its own, {argument.arg.name}", where=where, why=why, hint=hint)
-        unused = not node.users and (value is None or role == "constant" or target in tied.values() or target in tied)
-        if unused:  # the absent `last`, a table nobody reads, the second name of a tied weight
-            graph_module.graph.erase_node(node)
-        else:
-            placeholders.append(Placeholder(node.name, role, qualified, value))
-    graph_module.recompile()
-    _strip_wrapper(graph_module)
-    dims, ranges = _sizes(spec.bounds(part), placeholders, program, where)
-    constants = {p.qualified: tables[p.qualified] for p in placeholders if p.role == "constant"}
-    captured = CapturedModel(
-        f"{spec.name}.{part}", part, graph_module, tuple(placeholders), dims, ranges, constants, spec.depth, layers, layer_prefix
-    )
-    by_layer = [sorted(captured.at_layer(n, 0) for n in _weights_of(captured, layer)) for layer in range(layers)]
-    if any(names != by_layer[0] for names in by_layer):
-        raise CaptureError("the decoder layers are not alike", where=where, hint="only models whose layers repeat are captured")
-    count = len(captured.qualified_names("weight"))
-    if spec.capture.weights not in (None, count):
-        hint = f"correct `config` or `capture.weights`; {count} is what transformers builds from this configuration"
-        raise CaptureError(f"the model has {count} weights, its description says {spec.capture.weights}", where=where, hint=hint)
-    return captured
+class _Naming:
+    """Names and roles for the placeholders of an exported graph, in the model's own names at full depth; sizes and counts checked."""
+
+    def __init__(
+        self, spec: ModelSpec, part: str, runs: tuple[Run, ...], prefix: str, tables: Mapping[str, torch.Tensor], tied: Mapping[str, str]
+    ) -> None:
+        self.spec, self.part, self.runs, self.tables, self.tied = spec, part, runs, tables, tied
+        self.where = f"{spec.name}, {part}"
+        self.traced_pattern = layer_pattern(prefix)
+        self.numbers = [run.first + k for run in runs for k in range(run.captured)]
+        self.prefix = self._renamed(prefix)
+
+    def _renamed(self, name: str) -> str:
+        for old, new in architecture(self.spec.architecture).renamed:
+            if name.startswith(old):
+                return new + name.removeprefix(old)
+        return name
+
+    def actual(self, name: str) -> str:
+        """A traced name as the checkpoint says it: layers by their number at full depth."""
+        numbered = re.sub(self.traced_pattern, lambda found: f"{found[1]}{self.numbers[int(found[2])]}", name, count=1)
+        return self._renamed(numbered)
+
+    def captured(self, program: ExportedProgram, arguments: Sequence[Argument]) -> CapturedModel:
+        """The captured model.  CaptureError where the trace is not what the description promises."""
+        placeholders = self._placeholders(program, arguments)
+        program.graph_module.recompile()
+        self._name_modules(program.graph_module)
+        dims, ranges = _sizes(self.spec.bounds(self.part), arguments, placeholders, program, self.where)
+        constants = {p.qualified: self._table(p.qualified) for p in placeholders if p.role == "constant"}
+        found = CapturedModel(
+            f"{self.spec.name}.{self.part}", self.part, "features" if self.part == "vision" else "logits", program.graph_module,
+            tuple(placeholders), dims, ranges, constants, self.runs, self.prefix,
+        )  # fmt: skip
+        self._check(found)
+        return found
+
+    def _placeholders(self, program: ExportedProgram, arguments: Sequence[Argument]) -> list[Placeholder]:
+        graph = program.graph_module.graph
+        nodes = {node.name: node for node in graph.nodes if node.op == "placeholder"}
+        given = iter(arguments)
+        placeholders: list[Placeholder] = []
+        for argument in program.graph_signature.input_specs:
+            node = nodes[argument.arg.name]
+            value = node.meta.get("val")
+            target = (argument.target or "").removeprefix(_WRAPPER)
+            if argument.kind is InputKind.PARAMETER or (argument.kind is InputKind.BUFFER and argument.persistent):
+                role, qualified = "weight", self.actual(self.tied.get(target, target))
+            elif argument.kind is InputKind.BUFFER and target in self.tables:
+                role, qualified = "constant", self.actual(target)
+            elif argument.kind is InputKind.USER_INPUT:
+                declared = next(given)
+                role, qualified = declared.role, self.actual(declared.name)
+            else:
+                hint = "register the tensor that the model's code makes as a buffer of its module"
+                why = f"kind {argument.kind.name}"
+                raise CaptureError(f"the trace holds a tensor of its own, {argument.arg.name}", where=self.where, why=why, hint=hint)
+            tied = target in self.tied.values() or target in self.tied
+            if not node.users and (role == "constant" or tied):  # a table nobody reads, the second name of a tied weight
+                graph.erase_node(node)
+            else:
+                placeholders.append(Placeholder(node.name, role, qualified, value))
+        return placeholders
+
+    def _table(self, qualified: str) -> torch.Tensor:
+        return next(value for name, value in self.tables.items() if self.actual(name) == qualified)
+
+    def _name_modules(self, graph_module: torch.fx.GraphModule) -> None:
+        """Module paths as the model's own: `model.layers.0.mlp`, without the wrapper that was exported."""
+        for node in graph_module.graph.nodes:
+            if stack := node.meta.get("nn_module_stack"):
+                inside = {key: (path, kind) for key, (path, kind) in stack.items() if path.startswith(_WRAPPER)}
+                named = {key: (self.actual(path.removeprefix(_WRAPPER)), kind) for key, (path, kind) in inside.items()}
+                node.meta["nn_module_stack"] = named
+
+    def _check(self, found: CapturedModel) -> None:
+        for run in self.runs:
+            by_layer = [sorted(found.at_layer(n, 0) for n in _weights_of(found, run.first + k)) for k in range(run.captured)]
+            if any(names != by_layer[0] for names in by_layer):
+                hint = "only models whose layers repeat are captured"
+                raise CaptureError("the decoder layers are not alike", where=self.where, hint=hint)
+        recipe = self.spec.capture
+        promised = recipe.vision_weights if self.part == "vision" else recipe.weights
+        count = len(found.qualified_names("weight"))
+        if promised not in (None, count):
+            hint = f"correct `config` or `capture`; {count} is what follows from this configuration"
+            raise CaptureError(f"the model has {count} weights, its description says {promised}", where=self.where, hint=hint)
 
 
 def _weights_of(captured: CapturedModel, layer: int) -> list[str]:
@@ -321,34 +230,28 @@ def _tied_names(model: torch.nn.Module) -> dict[str, str]:
     return tied
 
 
-def _strip_wrapper(graph_module: torch.fx.GraphModule) -> None:
-    """Module paths as the model's own: `model.layers.0.mlp`, without the wrapper that was exported."""
-    for node in graph_module.graph.nodes:
-        if stack := node.meta.get("nn_module_stack"):
-            inner = {key: (path.removeprefix(_WRAPPER), kind) for key, (path, kind) in stack.items() if path.startswith(_WRAPPER)}
-            node.meta["nn_module_stack"] = inner
-
-
 def _sizes(
-    bounds: Bounds, placeholders: Sequence[Placeholder], program: ExportedProgram, where: str
+    bounds: Bounds, arguments: Sequence[Argument], placeholders: Sequence[Placeholder], program: ExportedProgram, where: str
 ) -> tuple[dict[str, str], dict[str, tuple[int, int]]]:
     """The symbol of each dynamic size and its range.  CaptureError when a size became a number, a range shrank or a symbol is unknown."""
-    tensors = {p.qualified: p.value for p in placeholders}
-    found = {"batch": tensors["ids"].shape[0], "sequence": tensors["ids"].shape[1], "context": tensors["k_cache.0"].shape[2]}
+    values = [p.value for p in placeholders if p.role in ("input", "state")]
+    found: dict[str, object] = {}
+    for argument, value in zip(arguments, values, strict=True):
+        found |= {name: size for name, size in zip(argument.shape, value.shape, strict=True) if isinstance(name, str)}
     dims: dict[str, str] = {}
     ranges = {str(symbol): (int(limits.lower), int(limits.upper)) for symbol, limits in program.range_constraints.items()}
     for name, size in found.items():
-        limits = getattr(bounds, name) or (1, 1)
+        limits = bounds.sizes.get(name, (1, 1))
         if limits[0] == limits[1]:
             continue
         symbol = str(size.node.expr) if isinstance(size, torch.SymInt) else None
-        if symbol is None or ranges.get(symbol) != _traced(tuple(limits)):
+        if symbol is None or ranges.get(symbol) != _traced(limits):
             got = f"the fixed size {size}" if symbol is None else f"{symbol} in {ranges.get(symbol)}"
             why = f"{got} where {limits} is promised"
             hint = f"TORCH_LOGS=+dynamic names the line; or bound `{name}` to what the code allows"
             raise CaptureError(f"the {name} size was specialised by the model's code", where=where, why=why, hint=hint)
-        dims[name], ranges[symbol] = symbol, tuple(limits)
+        dims[name], ranges[symbol] = symbol, limits
     if extra := set(ranges) - set(dims.values()):
         why = f"symbols {', '.join(sorted(extra))}"
-        raise CaptureError("the model has sizes that depend on data", where=where, why=why, hint=_PER_GRAPH)
+        raise CaptureError("the model has sizes that depend on data", where=where, why=why, hint=PER_GRAPH)
     return dims, ranges

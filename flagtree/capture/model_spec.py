@@ -62,17 +62,18 @@ class ModelSpec(Record):
         if self.parts.vision is not None:
             if kind is None:
                 message = "{architecture} has no vision tower that is known here"
-                raise PydanticCustomError("vision", message, {"architecture": self.architecture, "field": ("parts", "vision")})  # type: ignore[arg-type]
+                raise PydanticCustomError("vision", message, {"architecture": self.architecture, "field": ("parts", "vision")})
             needed, given = VISION_SIZES[kind], tuple(self.parts.vision.sizes)
             if set(needed) != set(given):
                 context = {"needed": ", ".join(needed), "given": ", ".join(given) or "none", "field": ("parts", "vision")}
-                raise PydanticCustomError("vision", "its vision part needs bounds for {needed}, {given} are given", context)  # type: ignore[arg-type]
+                raise PydanticCustomError("vision", "its vision part needs bounds for {needed}, {given} are given", context)
         if self.bridge is not None and self.bridge.width != self.text["hidden_size"]:
-            context = {"width": self.bridge.width, "hidden": self.text["hidden_size"], "field": ("bridge", "width")}
-            raise PydanticCustomError("bridge", "the bridge makes rows of {width}, the text has {hidden}", context)  # type: ignore[arg-type]
+            sizes = {"width": self.bridge.width, "hidden": self.text["hidden_size"]}
+            message = "the bridge makes rows of {width}, the text has {hidden}"
+            raise PydanticCustomError("bridge", message, {**sizes, "field": ("bridge", "width")})
         for field in self.inferred:
             if not _has(self.config, field):
-                raise PydanticCustomError("inferred", "config has no field '{name}'", {"name": field, "field": ("inferred", field)})  # type: ignore[arg-type]
+                raise PydanticCustomError("inferred", "config has no field '{name}'", {"name": field, "field": ("inferred", field)})
         return self
 
     @property

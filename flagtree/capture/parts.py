@@ -22,7 +22,12 @@ from flagtree.lower.lowering import Lowered, lower, lowers
 from flagtree.passes.repeat import Layers
 
 # the sizes at which bytes are counted and reported: one sequence of 2048 tokens, and one token after 2047 others
-REFERENCE = {"prefill": {"batch": 1, "sequence": 2048, "context": 2048}, "decode": {"batch": 1, "context": 2048}}
+# (an image of 1024 tokens or patches in 64 windows, or one whole image, for a tower)
+REFERENCE = {
+    "prefill": {"batch": 1, "sequence": 2048, "context": 2048, "features": 1},
+    "decode": {"batch": 1, "context": 2048},
+    "vision": {"images": 1, "patches": 1024, "tokens": 1024, "edges": 65, "side": 52},
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class CapturedPart:
     @property
     def layers(self) -> Layers:
         c = self.captured
-        return Layers(c.captured_layers, c.depth, c.layer_of, c.at_layer)
+        return Layers(c.runs, c.layer_of, c.at_layer)
 
 
 def capture_part(spec: ModelSpec, part: str, dtype: str | None = None) -> CapturedPart:
@@ -57,8 +62,10 @@ def capture_part(spec: ModelSpec, part: str, dtype: str | None = None) -> Captur
     roles = {p.qualified: p.role for p in captured.placeholders}
     named = {symbol: name for name, symbol in captured.dims.items()}
     lowered = _promised(lower(normal.graph, captured.name, roles, symbols=named), captured)
-    sizes = {name: _within(size, getattr(spec.bounds(part), name)) for name, size in REFERENCE[part].items()}
-    sizes |= {"sequence": min(sizes.get("sequence", 1), sizes["context"])}
+    bounds = spec.bounds(part).sizes
+    sizes = {name: _within(size, bounds[name]) for name, size in REFERENCE[part].items() if name in bounds}
+    if "context" in sizes:
+        sizes["sequence"] = min(sizes.get("sequence", 1), sizes["context"])
     reference = {name: size for name, size in sizes.items() if name in captured.dims}
     return CapturedPart(captured, normal.graph, lowered, count_traffic(captured, **sizes), reference)
 

@@ -19,7 +19,7 @@ _IMAGES = [1, 64]
 _VISION: dict[str, dict[str, list[int]]] = {
     "merged patches": {"tokens": [1, 65536], "edges": [2, 65537]},
     "padded patches": {"images": _IMAGES, "patches": [1, 4900]},
-    "whole images": {"images": _IMAGES},
+    "square images": {"images": _IMAGES},
 }
 
 
@@ -45,7 +45,11 @@ def from_config(file: SpecFile) -> SpecFile:
     }
     kind = architecture(architectures[0]).vision
     if kind is not None and isinstance(config.get("vision_config"), dict):
-        parts["vision"] = _VISION[kind]
+        parts["vision"] = dict(_VISION[kind])
+        if kind == "square images":
+            size, patch = (config["vision_config"].get(name) for name in ("image_size", "patch_size"))
+            side = size // patch if isinstance(size, int) and isinstance(patch, int) and patch > 0 else 0
+            parts["vision"]["side"] = [side, side]
         parts["prefill"]["features"] = [1, 65536]
     data = {
         "name": f"{config.get('model_type', 'model')}-{text.get('hidden_size')}x{layers}",

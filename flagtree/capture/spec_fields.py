@@ -40,7 +40,8 @@ class Bounds(Record):
 
     `batch`: sequences; `sequence`: tokens of one call of a sequence (1 when absent); `context`: rows of the KV cache; `features`: rows
     of image features that a prefill may merge; `images`; `patches`: of the largest image of a call; `tokens`: of all images after a merge
-    of patches; `edges`: of the groups of patches that see each other, one more than groups.
+    of patches; `edges`: of the groups of patches that see each other, one more than groups;
+    `side`: patches on a side of a square image.
     """
 
     batch: Range | None = None
@@ -51,6 +52,7 @@ class Bounds(Record):
     patches: Range | None = None
     tokens: Range | None = None
     edges: Range | None = None
+    side: Range | None = None
 
     @field_validator("*")
     @classmethod

@@ -144,8 +144,8 @@ def _check_events(path: Path, text: str) -> None:
     for count, event in enumerate(yaml.parse(text, Loader=_Loader)):
         if getattr(event, "anchor", None) is not None:
             raise CaptureError("anchors are not allowed in a model description", where=f"{path}:{_line(event)}")
-        if isinstance(event, yaml.NodeEvent) and getattr(event, "tag", None) is not None:
-            raise CaptureError("tags are not allowed in a model description", where=f"{path}:{_line(event)}", why=f"it is {event.tag}")
+        if (tag := getattr(event, "tag", None)) is not None:
+            raise CaptureError("tags are not allowed in a model description", where=f"{path}:{_line(event)}", why=f"it is {tag}")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
             raise CaptureError("the model description is nested too deeply", where=f"{path}:{_line(event)}")

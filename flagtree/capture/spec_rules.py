@@ -69,7 +69,7 @@ def check_config(config: Mapping[str, Any]) -> None:
 
 
 def _error(kind: str, message: str, at: tuple[str, ...], field: str, **context: Any) -> PydanticCustomError:
-    return PydanticCustomError(kind, message, {"field": (*at, field), **context})  # type: ignore[arg-type]
+    return PydanticCustomError(kind, message, {"field": (*at, field), **context})
 
 
 def _complete(text: Mapping[str, Any], config: Mapping[str, Any], at: tuple[str, ...]) -> None:
@@ -81,7 +81,7 @@ def _complete(text: Mapping[str, Any], config: Mapping[str, Any], at: tuple[str,
             near = difflib.get_close_matches(field, [str(k) for k in text if k not in REQUIRED], n=1, cutoff=0.75)
             hint = f"is '{near[0]}' meant to be '{field}'?" if near else "a description is complete: no default is taken from a library"
             place = {"field": (*at, near[0])} if near else {"field": at} if at else {}
-            raise PydanticCustomError("config_missing", "the field '{missing}' is missing", {"missing": field, "hint": hint, **place})  # type: ignore[arg-type]
+            raise PydanticCustomError("config_missing", "the field '{missing}' is missing", {"missing": field, "hint": hint, **place})
         if field == "tie_word_embeddings":
             if not isinstance(value, bool):
                 raise _error("config_flag", "'{name}' must be true or false", at, name, name=name)

@@ -1,7 +1,8 @@
 """Bytes that a captured model moves before fusion: each call of the graph in core ATen reads its inputs and writes its outputs once.
 
 Rules: views move nothing; a tensor expanded by stride 0 counts its real storage; a gather reads the rows it takes; `aten.linear` and
-`flagtree::attention` stay whole, and attention reads each cached key and value once and writes only the new rows.
+our operators stay whole: attention reads each cached key and value once and writes only the new rows, experts read the weights of those
+taken (as many as tokens and choices can reach) once.
 The graph is run on fake tensors of given sizes; nothing is allocated.  Reports compare this with the loads and stores of the kernels.
 """
 
@@ -24,8 +25,8 @@ aten = torch.ops.aten
 # results that live in an input's memory though the schema does not say so
 _VIEWS = frozenset({aten._unsafe_view.default, aten.detach.default, aten.alias.default, aten.lift_fresh.default})
 _GATHERS = frozenset({aten.embedding.default, aten.index.Tensor, aten.index_select.default, aten.gather.default})
-_ATTENTIONS = ("attention", "attend", "full_attention", "varlen_attention", "paged_attention")
-_WHOLE = frozenset({aten.linear.default, *(getattr(torch.ops.flagtree, name).default for name in _ATTENTIONS)})
+_OURS = ("attention", "attend", "full_attention", "varlen_attention", "paged_attention", "moe_route", "fused_moe")
+_WHOLE = frozenset({aten.linear.default, *(getattr(torch.ops.flagtree, name).default for name in _OURS)})
 _CHECKS = frozenset({aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten.sym_constrain_range_for_size.default})
 
 
@@ -47,11 +48,9 @@ class AtenCall:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """All calls of one run in order; `context` counts the positions attended to, the call's own tokens included."""
+    """All calls of one run in order, at `sizes`; a context counts the positions attended to, the call's own tokens included."""
 
-    batch: int
-    sequence: int
-    context: int
+    sizes: Mapping[str, int]
     calls: tuple[AtenCall, ...]
 
     def layer_bytes(self, layer: int = 1) -> int:
@@ -59,9 +58,9 @@ class Traffic:
         return sum(call.bytes for call in self.calls if call.layer == layer)
 
     def model_bytes(self, captured: CapturedModel) -> int:
-        """Bytes of the whole model at its full depth: what stands outside the layers, and `depth` times the interior layer."""
+        """Bytes of the whole model at its full depth: what stands outside the layers, and each run's interior layer as often as it is."""
         outside = sum(call.bytes for call in self.calls if call.layer is None)
-        return outside + captured.depth * self.layer_bytes(min(1, captured.captured_layers - 1))
+        return outside + sum(run.count * self.layer_bytes(run.first + min(1, run.captured - 1)) for run in captured.runs)
 
     def node_bytes(self) -> dict[str, int]:
         """Bytes by node of the captured graph; nodes that move nothing are left out."""
@@ -71,17 +70,19 @@ class Traffic:
         return found
 
 
-def count_traffic(captured: CapturedModel, *, context: int, sequence: int = 1, batch: int = 1) -> Traffic:
-    """Count one call of a captured part: `sequence` new tokens of each of `batch` sequences, the last of which sees `context` positions."""
-    if not 1 <= sequence <= context:
-        raise ValueError(f"{sequence} tokens do not fit into {context} positions")
-    sizes = {"batch": batch, "sequence": sequence, "context": context}
+def count_traffic(captured: CapturedModel, *, sequence: int = 1, batch: int = 1, **others: int) -> Traffic:
+    """Count one call of a captured part at the given sizes: `sequence` new tokens of each of `batch` sequences, the last of which sees
+    `context` positions; a tower has sizes of its own.  ValueError where the tokens do not fit, KeyError names a size that is missing.
+    """
+    if sequence < 1 or sequence > others.get("context", sequence):
+        raise ValueError(f"{sequence} tokens do not fit into {others['context']} positions")
+    sizes = {"batch": batch, "sequence": sequence, **others}
     symbols = {symbol: sizes[name] for name, symbol in captured.dims.items()}
     with FakeTensorMode(), torch.no_grad():
         arguments = [_sized(p.value, symbols) for p in captured.placeholders]
         run = _Run(captured)
         run.run(*arguments)
-    return Traffic(batch, sequence, context, tuple(run.calls))
+    return Traffic(sizes, tuple(run.calls))
 
 
 def _sized(value: torch.Tensor, symbols: Mapping[str, int]) -> torch.Tensor:
@@ -136,6 +137,9 @@ class _Run(torch.fx.Interpreter):
             read, written = read - rows, written + rows
         elif target in _GATHERS:
             read += sum(map(tensor_bytes, outputs)) - tensor_bytes(inputs[0])
+        elif target is torch.ops.flagtree.fused_moe.default:  # a weight is read once for each expert that some token takes
+            experts, taken = inputs[1].shape[0], inputs[4].numel()
+            read -= sum(map(tensor_bytes, inputs[1:3])) * max(0, experts - taken) // experts
         self.calls.append(AtenCall(str(target), self.node, self.layer, read, written))
 
 

@@ -122,7 +122,8 @@ class PartReport:
 class BundleReport:
     """One bundle for one target.  `tiers`: tier to number of distinct kernels.  `seconds`: wall time by phase.
     `cached`: nothing was compiled, the store had it.  `executed`: how a kernel was run ("native x86-64-v3",
-    "maca-ir (emulated)") to the number of distinct kernels run that way; empty when none was executed."""
+    "maca-ir (emulated)") to the number of distinct kernels run that way; empty when none was executed.  `stored`: distinct
+    kernels that the store had when this bundle was built, from other models or earlier builds."""
 
     target: str
     path: str
@@ -132,6 +133,7 @@ class BundleReport:
     seconds: Mapping[str, float] = field(default_factory=dict)
     cached: bool = False
     executed: Mapping[str, int] = field(default_factory=dict)
+    stored: int = 0
 
     @property
     def kernels(self) -> int:

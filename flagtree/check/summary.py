@@ -41,7 +41,7 @@ def part_report(
     weights = sum(b.role == "weight" and b.alias_of is None for b in program.buffers)
     formals = {f for s in program.steps if isinstance(s, Repeat) for f, _ in s.bindings}
     weights -= sum(program.buffer(f).role == "weight" for f in formals)
-    repeat = next((s for s in program.steps if isinstance(s, Repeat)), None)
+    repeat = max((s for s in program.steps if isinstance(s, Repeat)), key=lambda s: s.count, default=None)  # the layers most models are
     kernels = tuple(_kernel_rows(part, program, traffic, digests, built, node_bytes))
     return PartReport(
         name=part,

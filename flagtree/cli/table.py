@@ -131,7 +131,8 @@ def _facts(bundle: BundleReport) -> Iterable[tuple[str, str | Path]]:
     """Where the bundle is, how far its kernels got and why not further, what was executed, what took the time."""
     yield "bundle", Path(bundle.path)
     yield "digest", bundle.digest
-    yield "kernels", f"{bundle.kernels} distinct: " + ", ".join(f"{count} at tier {tier}" for tier, count in bundle.tiers.items())
+    shared = f"; {bundle.stored} of them the store had" if bundle.stored else ""
+    yield "kernels", f"{bundle.kernels} distinct: " + ", ".join(f"{count} at tier {tier}" for tier, count in bundle.tiers.items()) + shared
     for missing in dict.fromkeys(row.missing for part in bundle.parts for row in part.kernels if row.missing):
         yield "missing", missing
     yield "executed", ", ".join(f"{count} {how}" for how, count in bundle.executed.items()) or "nothing"

@@ -8,7 +8,7 @@ and intermediates by name.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from flagtree.errors import IRError
@@ -18,11 +18,20 @@ from flagtree.passes.reinplace import renamed
 
 
 @dataclass(frozen=True, slots=True)
-class Layers:
-    """How names vary with depth: `layer_of(name)` is a layer's number or None, `at_layer(name, i)` the same name in layer i."""
+class Run:
+    """`count` equal layers from layer `first` on, of which the first `captured` are in the program."""
 
+    first: int
+    count: int
     captured: int
-    depth: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """The model's layers as runs of one kind each, in order; `layer_of(name)` is a layer's number or None, `at_layer(name, i)` the same
+    name in layer i."""
+
+    runs: tuple[Run, ...]
     layer_of: Callable[[str], int | None]
     at_layer: Callable[[str, int], str]
 
@@ -38,7 +47,7 @@ def named_layers(layers: Sequence[Sequence[str]]) -> Layers:
     def at_layer(name: str, layer: int) -> str:
         return layers[layer - 1][place[name][1]] if name in place else name
 
-    return Layers(3, len(layers) + 1, layer_of, at_layer)
+    return Layers((Run(0, len(layers) + 1, 3),), layer_of, at_layer)
 
 
 def unrolled(program: Program) -> Program:
@@ -56,19 +65,51 @@ def unrolled(program: Program) -> Program:
 
 
 def fold_layers(program: Program, layers: Layers, name: str = "layer") -> Program:
-    """The program at full depth with its inner layers as one Repeat.
+    """The program at full depth with the inner layers of each run as one Repeat.
 
-    Raises IRError when two captured inner layers differ: then the captured depth does not stand for the whole.
-    A model captured at its full depth of one or two layers is returned as it is.
+    Raises IRError when two captured inner layers of a run differ: then the captured depth does not stand for the whole.
+    A run of one or two layers is written out.
     """
-    if layers.captured < 3:
-        if layers.captured != layers.depth:
+    folders = []
+    for run in layers.runs:
+        if run.captured >= 3:
+            folders.append(_Folder(program, layers, run, name if len(layers.runs) == 1 else f"{name}{run.first}"))
+        elif run.captured != run.count:
             raise IRError("at least three captured layers are needed to repeat one", where=program.name)
+    if not folders:
         return program
-    starts = [_first_step(program, layers, k) for k in range(1, layers.captured)]
-    period = starts[1] - starts[0]
-    _Pairing(program, layers).check_all(starts, period)
-    return _Folder(program, layers, starts, period).fold(name)
+    steps: list[Step] = []
+    last: dict[str, str] = {}  # what the steps after a run call its results: their names in the run's last layer
+    done = 0
+    for folder in folders:
+        steps += [renamed(s, last) for s in program.steps[done : folder.starts[0]]]
+        steps.append(renamed(folder.repeat(), last))
+        last |= {other: folder.actual(n, folder.end) for n, other in folder.last_period().items()}
+        done = folder.starts[-1] + folder.period
+    steps += [renamed(s, last) for s in program.steps[done:]]
+    outputs = tuple(last.get(n, n) for n in program.outputs)
+    return program.with_(steps=tuple(steps), buffers=_buffers(program, folders, tuple(steps), outputs, last), outputs=outputs)
+
+
+def _buffers(
+    program: Program, folders: list[_Folder], steps: tuple[Step, ...], outputs: tuple[str, ...], last: Mapping[str, str]
+) -> tuple[Buffer, ...]:
+    """Declarations in the order in which a caller sees them: layers of a run ascending inside each role.
+
+    A view that only the steps after a run take of its result (`last`) is one of what the run's last layer makes.
+    """
+    declared = {b.name: b for b in program.buffers}
+    for b in program.buffers:
+        if b.alias_of is not None and b.alias_of.base in last and b.name not in last:
+            declared[b.name] = replace(b, alias_of=replace(b.alias_of, base=last[b.alias_of.base]))
+    for folder in folders:
+        folder.declare(declared)
+    used = set(outputs) | {n for s in steps for n in (*s.reads, *s.writes)} | {formal(n) for f in folders for n in f.formals}
+    for name in tuple(used):
+        while (alias := declared[name].alias_of) is not None:
+            name = alias.base
+            used.add(name)
+    return tuple(b for b in declared.values() if b.name in used or (b.role not in ("temp", "weight", "state") and b.alias_of is None))
 
 
 def _first_step(program: Program, layers: Layers, layer: int) -> int:
@@ -82,17 +123,17 @@ def _first_step(program: Program, layers: Layers, layer: int) -> int:
 class _Pairing:
     """Proves that two periods are equal and pairs their buffers."""
 
-    def __init__(self, program: Program, layers: Layers) -> None:
-        self.program, self.layers = program, layers
+    def __init__(self, program: Program, layers: Layers, inner: int) -> None:
+        self.program, self.layers, self.inner = program, layers, inner
 
     def check_all(self, starts: list[int], period: int) -> None:
         if any(b - a != period for a, b in itertools.pairwise(starts)) or starts[-1] + period > len(self.program.steps):
             raise IRError("the captured layers have different numbers of steps", where=self.program.name)
         for k in range(1, len(starts)):
-            self.pair(starts[0], starts[k], period, k + 1)
+            self.pair(starts[0], starts[k], period, self.inner + k)
 
     def pair(self, first: int, other: int, period: int, layer: int) -> dict[str, str]:
-        """Buffer of the period at `first` (layer 1) to the one at `other`; a difference is an IRError that names the step."""
+        """Buffer of the period at `first` (the first inner layer) to the one at `other`; a difference is an IRError that names the step."""
         pairs: dict[str, str] = {}
         for a, b in zip(self.program.steps[first : first + period], self.program.steps[other : other + period], strict=True):
             for x, y in _operands(self.program, a, b):
@@ -102,9 +143,9 @@ class _Pairing:
     def _join(self, pairs: dict[str, str], x: str, y: str, step: Step, layer: int) -> None:
         known = pairs.setdefault(x, y)
         outer = self.program.buffer(self.program.root(x)).role != "temp"
-        expected = self.layers.at_layer(x, layer) if outer and self.layers.layer_of(x) == 1 else x
+        expected = self.layers.at_layer(x, layer) if outer and self.layers.layer_of(x) == self.inner else x
         if known != y or (outer and self.program.buffer(x).alias_of is None and y != expected):
-            raise IRError(f"layer {layer} differs from layer 1", where=f"step '{step.name}'", why=f"'{x}' corresponds to '{y}'")
+            raise IRError(f"layer {layer} differs from layer {self.inner}", where=f"step '{step.name}'", why=f"'{x}' corresponds to '{y}'")
 
 
 def _operands(program: Program, a: Step, b: Step) -> Iterator[tuple[str, str]]:
@@ -138,25 +179,33 @@ def _pairs(a: tuple[Operand, ...], b: tuple[Operand, ...]) -> Iterator[tuple[Ope
 
 
 class _Folder:
-    """Names of every buffer in every layer, from the pairing of the first two periods."""
+    """One run: names of every buffer in every layer, from the pairing of its first two inner periods."""
 
-    def __init__(self, program: Program, layers: Layers, starts: list[int], period: int) -> None:
-        self.program, self.layers, self.starts, self.period = program, layers, starts, period
-        self.body = program.steps[starts[0] : starts[0] + period]
-        self.pairs = _Pairing(program, layers).pair(starts[0], starts[1], period, 2)
+    def __init__(self, program: Program, layers: Layers, run: Run, name: str) -> None:
+        self.program, self.layers, self.name = program, layers, name
+        self.inner, self.end = run.first + 1, run.first + run.count - 1  # the first inner layer and the last
+        self.captured_end = run.first + run.captured - 1
+        self.starts = [_first_step(program, layers, k) for k in range(self.inner, self.captured_end + 1)]
+        self.period = self.starts[1] - self.starts[0]
+        self.pairing = _Pairing(program, layers, self.inner)
+        self.pairing.check_all(self.starts, self.period)
+        self.body = program.steps[self.starts[0] : self.starts[0] + self.period]
+        self.pairs = self.pairing.pair(self.starts[0], self.starts[1], self.period, self.inner + 1)
         self.made = {n for s in self.body for n in s.writes if program.buffer(program.root(n)).role == "temp"}
         self.made |= {b.name for b in program.buffers if b.alias_of is not None and program.root(b.name) in self.made}
+        formals = [n for n in dict.fromkeys(n for s in self.body for n in (*s.reads, *s.writes)) if self.pairs.get(n, n) != n]
+        self.formals = self._with_bases(formals)
         self.names: dict[tuple[str, int], str] = {}
 
     def actual(self, name: str, layer: int) -> str:
-        """What `name`, as layer 1 says it, is called in `layer`."""
+        """What `name`, as the first inner layer says it, is called in `layer`."""
         key = (name, layer)
         if key not in self.names:
             self.names[key] = self._actual(name, layer)
         return self.names[key]
 
     def _actual(self, name: str, layer: int) -> str:
-        if layer == 1:
+        if layer == self.inner:
             return name
         other = self.pairs.get(name, name)
         if other == name:
@@ -169,39 +218,24 @@ class _Folder:
             return f"{name}.{layer}"
         return self.layers.at_layer(name, layer)
 
-    def fold(self, name: str) -> Program:
-        depth, first = self.layers.depth, self.starts[0]
-        count = depth - 1
-        formals = [n for n in dict.fromkeys(n for s in self.body for n in (*s.reads, *s.writes)) if self.pairs.get(n, n) != n]
-        formals = self._with_bases(formals)
-        bindings = tuple((formal(n), tuple(self.actual(n, layer) for layer in range(1, depth))) for n in formals)
-        each = {n: formal(n) for n in formals}
-        repeat = Repeat(name, count, tuple(renamed(s, each) for s in self.body), bindings)
-        last = {other: self.actual(n, depth - 1) for n, other in self._last_period().items()}
-        end = self.starts[-1] + self.period
-        tail = tuple(renamed(s, last) for s in self.program.steps[end:])
-        outputs = tuple(last.get(n, n) for n in self.program.outputs)
-        steps = (*self.program.steps[:first], repeat, *tail)
-        return self.program.with_(steps=steps, buffers=self._buffers(formals, steps, outputs), outputs=outputs)
+    def repeat(self) -> Repeat:
+        """The body once, with every buffer that differs from layer to layer bound by name."""
+        numbers = range(self.inner, self.end + 1)
+        bindings = tuple((formal(n), tuple(self.actual(n, layer) for layer in numbers)) for n in self.formals)
+        each = {n: formal(n) for n in self.formals}
+        return Repeat(self.name, len(numbers), tuple(renamed(s, each) for s in self.body), bindings)
 
-    def _last_period(self) -> dict[str, str]:
-        """Layer 1's name of each buffer to the last captured layer's."""
-        return _Pairing(self.program, self.layers).pair(self.starts[0], self.starts[-1], self.period, self.layers.captured - 1)
+    def last_period(self) -> dict[str, str]:
+        """The first inner layer's name of each buffer to the last captured layer's."""
+        return self.pairing.pair(self.starts[0], self.starts[-1], self.period, self.captured_end)
 
-    def _buffers(self, formals: list[str], steps: tuple[Step, ...], outputs: tuple[str, ...]) -> tuple[Buffer, ...]:
-        """Declarations in the order in which a caller sees them: layers ascending inside each role."""
-        declared = {b.name: b for b in self.program.buffers}
-        for layer in range(2, self.layers.depth):
-            for name in formals:
+    def declare(self, declared: dict[str, Buffer]) -> None:
+        """Add the buffers of the layers that were not captured, and the formals."""
+        for layer in range(self.inner + 1, self.end + 1):
+            for name in self.formals:
                 declared.setdefault(self.actual(name, layer), self._declaration(name, lambda n, k=layer: self.actual(n, k)))  # type: ignore[misc]
-        for name in formals:
-            declared[formal(name)] = self._declaration(name, lambda n: formal(n) if n in formals else n)
-        used = set(outputs) | {n for s in steps for n in (*s.reads, *s.writes)} | {formal(n) for n in formals}
-        for name in tuple(used):
-            while (alias := declared[name].alias_of) is not None:
-                name = alias.base
-                used.add(name)
-        return tuple(b for b in declared.values() if b.name in used or (b.role not in ("temp", "weight", "state") and b.alias_of is None))
+        for name in self.formals:
+            declared[formal(name)] = self._declaration(name, lambda n: formal(n) if n in self.formals else n)
 
     def _with_bases(self, formals: list[str]) -> list[str]:
         out = dict.fromkeys(formals)

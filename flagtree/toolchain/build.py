@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from flagtree.artifact.code import code_digest
@@ -41,15 +41,24 @@ def key_factors(digest: str, target: Target, versions: dict[str, str]) -> KeyFac
 
 
 def build_kernels(
-    kernels: Sequence[tuple[str, Program]], target: Target, jobs: int, progress: Progress = SILENT, store: Store | None = None
+    kernels: Sequence[tuple[str, Program]],
+    target: Target,
+    jobs: int,
+    progress: Progress = SILENT,
+    store: Store | None = None,
+    on_stored: Callable[[int], None] = lambda count: None,
 ) -> list[BuiltKernel]:
-    """One BuiltKernel a distinct digest, in order of first appearance.  ToolchainError or CodegenError for the first that fails."""
+    """One BuiltKernel a distinct digest, in order of first appearance; `on_stored` hears how many the store had.
+
+    ToolchainError or CodegenError for the first that fails.
+    """
     distinct = dict(kernels)
     toolchain, store = toolchain_of(target), store or Store()
     versions = toolchain.versions(target)
     keys = {digest: key_factors(digest, target, versions) for digest in distinct}
     found = {digest: built for digest, key in keys.items() if (built := _stored(store, digest, key)) is not None}
     progress.advance(len(found))
+    on_stored(len(found))
     missing = [(digest, program) for digest, program in distinct.items() if digest not in found]
     if missing:
         for built in toolchain.build(missing, target, jobs, progress):

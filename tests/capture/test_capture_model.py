@@ -196,6 +196,7 @@ class PeekingQwen3(transformers.Qwen3ForCausalLM):
     [
         ("NoSuchForCausalLM", {}, "no model class 'NoSuchForCausalLM'"),
         ("AutoTokenizer", {}, "no model class 'AutoTokenizer'"),
+        ("Qwen3ForCasualLM", {}, "closest: Qwen3ForCausalLM"),
         ("Qwen3ForCausalLM", {"num_key_value_head": 2, "num_key_value_heads": None}, "no field 'num_key_value_head'.*num_key_value_heads"),
         ("Qwen3ForCausalLM", {"model_type": "llama"}, "model_type 'llama' is not that of Qwen3ForCausalLM"),
         ("Qwen3ForCausalLM", {"hidden_act": "no_such"}, "cannot be built.*no_such"),

@@ -170,6 +170,23 @@ def test_an_incomplete_configuration_is_refused(tmp_path: Path, changes: dict[st
         load_spec(config_json(tmp_path, **changes))
 
 
+def test_a_published_configuration_with_a_tower(tmp_path: Path) -> None:
+    config = {**load_spec("robobrain2-7b").config, "architectures": ["Qwen2_5_VLForConditionalGeneration"], "torch_dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    spec = load_spec(tmp_path)
+    assert (spec.part_names, spec.depth) == (("prefill", "decode", "vision"), 28)
+    assert spec.bounds("vision").sizes == {"tokens": (1, 65536), "edges": (2, 65537)}
+    nested = {**load_spec("step3").config, "architectures": ["Step3VLForConditionalGeneration"], "dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(nested), encoding="utf-8")
+    assert (load_spec(tmp_path).depth, load_spec(tmp_path).bounds("decode").context) == (61, (1, 65536))
+    assert load_spec(tmp_path).bounds("vision").side == (52, 52)
+
+
+def test_more_layers_than_any_model_has_are_refused() -> None:
+    with pytest.raises(CaptureError, match="1000000000 layers are more than any model has"):
+        load_spec("step3").with_depth(10**9)
+
+
 @pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', '{"a": ' + "1" * 5000 + "}", '{"a": NaN}'])
 def test_json_that_says_something_twice_or_nothing_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text, encoding="utf-8")

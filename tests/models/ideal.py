@@ -1,0 +1,72 @@
+"""The least bytes that one interior layer can move when every chain of pointwise operations is one kernel; derived, not measured.
+
+A product reads both operands and writes its result once.  Residual, sum and the norm after it are one kernel: two rows of the model's width
+read, two written.  Rotary (with the norm of query or key where there is one) reads and writes its rows and reads the two tables; the key's
+rows go to the cache at once.  Attention reads queries, each cached key and value, and writes its result.  A gated activation reads two rows
+and writes one, a plain one reads one.  Experts read their rows and the weights of those experts that tokens can reach, once.
+By this count a Qwen3-8B layer moves 1 067 MB for 2048 tokens, as research measured it kernel by kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flagtree.capture.model_spec import ModelSpec
+from flagtree.capture.parts import REFERENCE
+from flagtree.capture.spec_rules import named
+
+_BYTES = 2  # bf16
+
+
+def _product(tokens: int, inside: int, outside: int) -> int:
+    return _BYTES * (tokens * inside + tokens * outside + inside * outside)
+
+
+def _gated(tokens: int, width: int, inner: int) -> int:
+    return 2 * _product(tokens, width, inner) + _product(tokens, inner, width) + 3 * _BYTES * tokens * inner
+
+
+def text_layer(spec: ModelSpec, part: str, *, routed: bool) -> int:
+    """One decoder layer for one sequence at the sizes at which reports count."""
+    text, sizes = spec.text, REFERENCE[part]
+    tokens, context = sizes.get("sequence", 1), sizes["context"]
+    width, head = text["hidden_size"], spec.head_width
+    q, kv = text["num_attention_heads"] * head, spec.key_heads * head
+    turned = int(text.get("rotary_dim") or head)
+    total = 2 * 4 * _BYTES * tokens * width
+    if shared := text.get("share_q_dim"):
+        total += _product(tokens, width, shared) + 2 * _BYTES * tokens * shared + _product(tokens, shared, q)
+    else:
+        total += _product(tokens, width, q)
+    total += 2 * _product(tokens, width, kv) + _product(tokens, q, width)
+    total += 2 * _BYTES * tokens * (q + kv) + 2 * 2 * _BYTES * tokens * turned
+    total += _BYTES * (2 * tokens * q + 2 * context * kv)
+    if not routed:
+        return total + _gated(tokens, width, text["intermediate_size"])
+    experts, taken = named(text, "num_experts")[1], named(text, "num_experts_per_tok")[1]
+    inner = text.get("moe_intermediate_size") or text["intermediate_size"]
+    total += _product(tokens, width, experts)
+    total += _BYTES * (2 * tokens * width + min(experts, tokens * taken) * 3 * width * inner)
+    if shared := text.get("share_expert_dim"):
+        total += _gated(tokens, width, shared) + _BYTES * tokens * width
+    return total
+
+
+def vision_block(spec: ModelSpec) -> int:
+    """One block of the tower for one image."""
+    vision: Mapping[str, Any] = spec.config["vision_config"]
+    width, inner = vision["hidden_size"], vision["intermediate_size"]
+    merged = vision.get("spatial_merge_size")
+    if merged:
+        rows = REFERENCE["vision"]["tokens"] * merged**2
+        turned, activation = 4 * _BYTES * rows * width + 2 * 2 * _BYTES * rows * width // vision["num_heads"], _gated(rows, width, inner)
+    else:
+        square = REFERENCE["vision"]["side"] ** 2 + 4
+        rows = square if "output_hidden_size" in vision else REFERENCE["vision"]["patches"]
+        turned, activation = 0, _product(rows, width, inner) + _product(rows, inner, width) + 2 * _BYTES * rows * inner
+    # one product for query, key and value or three: the rows are read once in the one, three times in the others
+    times = 3 if "query_num" in spec.config else 1
+    projections = _product(rows, width, 3 * width) + (times - 1) * _BYTES * rows * width + _product(rows, width, width)
+    norm = 3 if "output_hidden_size" in vision else 4  # a post-norm adds what it normed: two rows read, one written
+    return projections + turned + 4 * _BYTES * rows * width + activation + 2 * norm * _BYTES * rows * width
