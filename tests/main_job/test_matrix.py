@@ -40,7 +40,7 @@ def cold(place: Place, *arguments: str, **changes: str) -> tuple[list[dict[str, 
     while True:
         peak = max(peak, resident(running.pid))
         try:
-            running.wait(0.1)
+            running.wait(0.5)
             break
         except subprocess.TimeoutExpired:
             continue
