@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from flagtree import __version__
-from flagtree.cli import cache, compile, explain, finalize, inspect, interrupt, models, opt, targets, verify
+from flagtree.cli import cache, compile, explain, finalize, inspect, interrupt, models, opt, serve, targets, verify
 from flagtree.errors import FlagtreeError
 
 DESCRIPTION = """Compile PyTorch models to checked bundles of fused kernels, for chips that need not be here.
@@ -26,8 +26,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]}, add_completion=False,
 )
 for name, module in (("compile", compile), ("finalize", finalize), ("inspect", inspect), ("verify", verify), ("explain", explain),
-                     ("models", models), ("targets", targets), ("opt", opt), ("cache", cache)):
-    app.command(name, epilog=module.EXAMPLES)(module.run)
+                     ("models", models), ("targets", targets), ("opt", opt), ("cache", cache), ("serve", serve)):
+    app.command(name, epilog=module.EXAMPLES, context_settings=getattr(module, "CONTEXT", None))(module.run)
 
 
 def _version(asked: bool) -> None:

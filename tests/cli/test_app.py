@@ -14,7 +14,7 @@ from flagtree.progress import Progress
 from tests.cli.conftest import Flagtree
 from tests.cli.reports import report
 
-COMMANDS = ("compile", "finalize", "inspect", "explain", "models", "targets", "opt", "cache")
+COMMANDS = ("compile", "finalize", "inspect", "explain", "models", "targets", "opt", "cache", "serve")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

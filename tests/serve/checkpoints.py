@@ -2,50 +2,67 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
-COMMON: dict[str, Any] = {
-    "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 2048, "initializer_range": 0.15, "tie_word_embeddings": False,
-}  # fmt: skip
-EXPERTS: dict[str, Any] = {
-    "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1, "mlp_only_layers": [],
-    "norm_topk_prob": True,
-}  # fmt: skip
+from tests.serve.architectures import ARCHITECTURES, VOCABULARY
+
 TEXT = "the quick brown fox jumps over lazy dog hello world how are you today system user assistant tool flagtree compiles models"
 WORDS = tuple(TEXT.split())
+GAIN = 1.9  # of a matrix, by the root of its width: greedy decoding moves, and nothing overflows
 
 
 def write(kind: str, folder: Path, **changes: Any) -> Path:
-    """`qwen3` or `qwen3_moe` with `changes` to its configuration."""
-    import transformers
-
-    torch.manual_seed(0)
-    if kind == "qwen3":
-        model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**{**COMMON, **changes}))
+    """The checkpoint of one of `ARCHITECTURES` with `changes` to its configuration; `folder` is made."""
+    architecture = ARCHITECTURES[kind]
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = _tokenizer(architecture.tokens)
+    tokenizer.save_pretrained(folder)
+    ids = {token: int(tokenizer.convert_tokens_to_ids(token)) for token in architecture.tokens}
+    configuration = {**architecture.configuration(ids), **changes}
+    if architecture.saved:
+        _save(architecture.saved, configuration, folder)
     else:
-        model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**{**COMMON, **EXPERTS, **changes}))
-    model.to(torch.float32).save_pretrained(folder)
-    _tokenizer().save_pretrained(folder)
+        (folder / "config.json").write_text(json.dumps(configuration, indent=1))
+    for name, content in architecture.files.items():
+        (folder / name).write_text(json.dumps(content))
+    for path in Path(__file__).with_name(architecture.code).glob("*.py") if architecture.code else ():
+        shutil.copy(path, folder)
     return folder
 
 
-def _tokenizer() -> Any:
+def _save(name: str, configuration: dict[str, Any], folder: Path) -> None:
+    """Weights and all, as transformers writes them."""
+    import transformers
+
+    model_class = getattr(transformers, name)
+    torch.manual_seed(0)
+    values = {k: v for k, v in configuration.items() if k not in ("architectures", "model_type")}
+    width = values["hidden_size"]
+    model = model_class(model_class.config_class(**values, initializer_range=GAIN / width**0.5))
+    model.to(torch.float32).save_pretrained(folder)
+
+
+def _tokenizer(special: tuple[str, ...]) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_end|>"]
+    ends = ["<|endoftext|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=512, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=VOCABULARY, special_tokens=[*ends, *special], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     tokenizer.train_from_iterator([" ".join(WORDS)] * 50, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=special[1], pad_token=special[0], model_max_length=2048)
+    names = {"bos_token": ends[0], "eos_token": ends[1], "pad_token": ends[0]}
+    names |= {"unk_token": "<unk>"} if "<unk>" in special else {}
+    others = {"additional_special_tokens": list(special)} if special else {}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=2048, **names, **others)
 
 
 def prompts() -> list[str]:

@@ -1,9 +1,12 @@
-"""A stand-in of vLLM's current configuration, and each test as a process of its own."""
+"""A stand-in of vLLM's current configuration, each test as a process of its own, and beds for the real engine."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -12,6 +15,8 @@ import torch
 
 from flagtree.serve import opened
 from flagtree.serve.counts import COUNTS, Counts
+from tests.serve.architectures import ARCHITECTURES
+from tests.serve.bed import Bed, make_bed
 
 Current = Callable[..., Any]
 
@@ -55,3 +60,33 @@ def current(monkeypatch: pytest.MonkeyPatch) -> Current:
     make.none = lambda: state.__setitem__(0, None)  # type: ignore[attr-defined]
     monkeypatch.delitem(sys.modules, "vllm.config", raising=False)
     return make
+
+
+@pytest.fixture(scope="session")
+def beds(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Callable[..., Bed]:
+    """`beds(kind, name, **arguments)`: the bed of an architecture; `name` tells several of one architecture apart."""
+    kept = os.environ.get("ENGINE_BEDS")
+    home = Path(kept) / _code(repository) if kept else tmp_path_factory.mktemp("beds")
+    made: dict[tuple[str, str], Bed] = {}
+
+    def bed(kind: str, name: str = "plain", **arguments: Any) -> Bed:
+        if ARCHITECTURES[kind].image and find_spec("torchvision") is None:
+            pytest.skip("models that see need torchvision (docs/serving.md)")
+        if (kind, name) not in made:
+            made[kind, name] = make_bed(kind, home / f"{kind}-{name}", repository, **arguments)
+        return made[kind, name]
+
+    return bed
+
+
+def _code(repository: Path) -> str:
+    """Of flagtree and of what runs the engine."""
+    from flagtree.artifact.code import code_digest
+    from flagtree.artifact.files import sha256
+
+    sources = [path.read_bytes() for name in ("architectures", "checkpoints", "engine", "supplied") for path in [_here(repository, name)]]
+    return sha256(code_digest().encode() + b"".join(sources))[:12]
+
+
+def _here(repository: Path, name: str) -> Path:
+    return repository / "tests" / "serve" / f"{name}.py"

@@ -1,161 +1,138 @@
 """The real engine of vLLM, from recording to a strict second start; the reference is its own eager mode in the same process layout.
 
-Needs the extra `vllm`; run with `-m vllm` (docs/serving.md, "Tests").  Each test is one or two starts of the engine.
+Needs the extra `vllm`; run with `-m "vllm and not full"`, or without `not full` for all architectures (docs/serving.md, "Tests").
+Eight prompts of mixed length in one batch, 48 greedy tokens, chunked prefill and prefix caching on, fp32; images where the model sees.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from flagtree.artifact.bundle import open_bundle
+from tests.serve.architectures import ARCHITECTURES
+from tests.serve.bed import MODE, PLAIN, QUIET, Bed, unlike
+from tests.serve.fused import Fused, fused
 
 pytestmark = pytest.mark.vllm
-KINDS = ("qwen3", "qwen3_moe")
-PLAIN = {"enforce_eager": True, "compilation_config": {"custom_ops": ["none"]}}
-
-
-@dataclass
-class Bed:
-    """A checkpoint and folders of its own; `run` starts the engine and returns what it wrote."""
-
-    folder: Path
-    repository: Path
-    model: Path
-    counted: Path
-    runs: dict[str, Any] = field(default_factory=dict)
-
-    def start(self, name: str, arguments: dict[str, Any], model: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
-        out = self.folder / f"{name}.json"
-        environment = {
-            **os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_DO_NOT_TRACK": "1",
-            "VLLM_CACHE_ROOT": str(self.folder / "vllm"), "VLLM_LOGGING_LEVEL": "WARNING", "CXX": str(self.counted), **env,
-        }  # fmt: skip
-        command = [sys.executable, "-m", "tests.serve.engine", str(model or self.model), str(out), json.dumps(arguments)]
-        return subprocess.run(command, cwd=self.repository, env=environment, capture_output=True, text=True, check=False, timeout=900)
-
-    def run(self, name: str, arguments: dict[str, Any], **env: str) -> Any:
-        if name not in self.runs:
-            done = self.start(name, arguments, **env)
-            assert done.returncode == 0, done.stderr[-6000:]
-            self.runs[name] = json.loads((self.folder / f"{name}.json").read_text())
-        return self.runs[name]
-
-    @property
-    def compilers_run(self) -> int:
-        log = self.counted.with_suffix(".log")
-        return len(log.read_text().splitlines()) if log.exists() else 0
+PLAIN_RUN = ("qwen3", "qwen3_moe")
+KINDS = [kind if kind in PLAIN_RUN else pytest.param(kind, marks=pytest.mark.full) for kind in ARCHITECTURES]
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def bed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Bed:
-    from tests.serve import checkpoints
-
-    folder = tmp_path_factory.mktemp(request.param)
-    counted = folder / "cxx"
-    # counts, and is out of reach while a file says so: vLLM's cache key must not see another CXX
-    counted.write_text(f'#!/bin/sh\n[ -e {folder}/none ] && exit 127\necho run >> {folder}/cxx.log\nexec g++ "$@"\n')
-    counted.chmod(0o755)
-    return Bed(folder, repository, checkpoints.write(request.param, folder / "model"), counted)
+def bed(request: pytest.FixtureRequest, beds: Callable[..., Bed]) -> Bed:
+    return beds(request.param)
 
 
-def recording(bed: Bed) -> Any:
-    settings = {"strict": "off", "record": str(bed.folder / "graphs.jsonl")}
-    compilation = {"mode": 2, "backend": "flagtree.serve.bundles.store", "custom_ops": ["none"]}
-    return bed.run("off", {"compilation_config": compilation, "additional_config": {"flagtree": settings}})
+def lenient(bed: Bed) -> Any:
+    """Eager, single operators in eager mode, and a start that records and builds what it misses: in one process."""
+    operators = {"enforce_eager": True, "additional_config": {"flagtree": {"custom_ops": True}}}
+    runs = {"eager": PLAIN, "operators": operators, "off": bed.lenient()}
+    return bed.process("lenient", {name: {"arguments": arguments} for name, arguments in runs.items()}, **QUIET)
 
 
-def bundle(bed: Bed) -> Path:
-    recording(bed)
-    place = bed.folder / "bundles" / "graphs-cpu"
-    if not place.exists():
-        command = [sys.executable, "-m", "flagtree", "compile", "--graphs", str(bed.folder / "graphs.jsonl"), "--target", "cpu"]
-        command += ["-o", str(place.parent)]
-        done = subprocess.run(command, cwd=bed.repository, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-    return place
+def first(bed: Bed) -> Any:
+    lenient(bed)
+    return bed.process("first", {"strict": {"arguments": bed.strict("serve")}})
 
 
-def strict(bed: Bed, how: str) -> dict[str, Any]:
-    path = bundle(bed)
-    name = f"flagtree.serve.bundles.d_{open_bundle(path).digest}"
-    settings = {"bundle": str(path), "strict": how}
-    return {"compilation_config": {"mode": 2, "backend": name, "custom_ops": ["none"]}, "additional_config": {"flagtree": settings}}
-
-
-def assert_same(have: Any, want: Any) -> None:
-    assert len({token for ids in want["ids"] for token in ids}) > 50, "the checkpoint repeats itself: equal ids would prove nothing"
-    assert have["ids"] == want["ids"]
-    assert max(abs(a - b) for x, y in zip(have["logprobs"], want["logprobs"]) for a, b in zip(x, y)) < 1e-3
+def second(bed: Bed) -> Any:
+    first(bed)
+    none = bed.folder / "none"
+    none.touch()
+    try:
+        return bed.process("second", {"strict": {"arguments": bed.strict("serve")}}, FLAGTREE_CXX=str(none), VLLM_FORCE_AOT_LOAD="1")
+    finally:
+        none.unlink()
 
 
 def test_a_lenient_start_records_builds_and_equals_eager(bed: Bed) -> None:
-    have = recording(bed)
-    assert_same(have, bed.run("eager", PLAIN))
-    counts = have["reports"][0]["flagtree"]
-    assert (counts["graphs_missing"], counts["graphs_compiled"]) == (1, 1)
+    records = lenient(bed)
+    assert not unlike(records["off"], records["eager"])
+    counts = records["off"]["reports"][0]["flagtree"]
+    assert counts["missing"] and counts["graphs_compiled"] == counts["graphs_missing"]
+
+
+def test_single_operators_answer_in_eager_mode(bed: Bed) -> None:
+    records = lenient(bed)
+    assert not unlike(records["operators"], records["eager"])
+    assert {"RMSNorm", "RotaryEmbedding"} & records["operators"]["reports"][0]["flagtree"]["operators"].keys()
 
 
 def test_a_strict_start_compiles_nothing(bed: Bed) -> None:
-    arguments = strict(bed, "serve")
-    before = bed.compilers_run
-    have = bed.run("first", arguments)
-    assert_same(have, bed.run("eager", PLAIN))
-    (report,) = have["reports"]
-    assert bed.compilers_run == before
+    record = first(bed)
+    assert not unlike(record["strict"], lenient(bed)["eager"])
+    (report,) = record["strict"]["reports"]
+    assert record["compilers"] == 0
     assert report["dynamo"]["stats"]["unique_graphs"] == 1
     assert report["compiler_imported"] == []
     assert report["inductor_kernels"] == 0
     counts = report["flagtree"]
     assert (counts["graphs_found"], counts["graphs_missing"], counts["graphs_compiled"]) == (1, 0, 0)
-    assert not [callee for callee in counts["externs"] if callee.startswith("aten.") and callee.split(".")[1] not in BY_LIBRARY]
-
-
-BY_LIBRARY = ("linear", "embedding", "topk")
 
 
 def test_the_second_start_traces_nothing_even_without_a_compiler(bed: Bed) -> None:
-    first = bed.run("first", strict(bed, "serve"))
-    (bed.folder / "none").touch()
-    try:
-        have = bed.run("second", strict(bed, "serve"), FLAGTREE_CXX=str(bed.folder / "nowhere"), VLLM_FORCE_AOT_LOAD="1")
-    finally:
-        (bed.folder / "none").unlink()
-    assert have["ids"] == first["ids"]
-    (report,) = have["reports"]
+    record = second(bed)
+    assert not unlike(record["strict"], lenient(bed)["eager"])
+    (report,) = record["strict"]["reports"]
+    assert record["compilers"] == 0
     assert report["dynamo"] == {}
     assert report["compiler_imported"] == []
+    assert report["inductor_kernels"] == 0
     assert report["vllm"]["num_aot_artifacts_loaded"] == 1
     assert report["flagtree"]["loaded_warm"] == 1
 
 
-def test_single_operators_answer_in_eager_mode(bed: Bed) -> None:
-    have = bed.run("operators", {"enforce_eager": True, "additional_config": {"flagtree": {"custom_ops": True}}})
-    assert_same(have, bed.run("eager", PLAIN))
-    assert {"RMSNorm", "RotaryEmbedding"} <= have["reports"][0]["flagtree"]["operators"].keys()
+# -- what is generated -----------------------------------------------------------------------------------------------------
+def generated(bed: Bed) -> Fused:
+    lenient(bed)
+    (graph,) = bed.graphs()[-1:]
+    return fused(graph, open_bundle(bed.bundle()))
 
 
+def test_nearly_all_of_the_decoder_lies_in_generated_kernels(bed: Bed) -> None:
+    found = generated(bed)
+    assert found.share >= 0.95, found.left
+
+
+def test_what_belongs_together_is_one_kernel(bed: Bed) -> None:
+    found = generated(bed)
+    layers = 2
+    normed = [k for k in found.having("rsqrt", "add") if sum(op.startswith("aten.add.") for op in k.ops) >= 2 and not found_turn(k.ops)]
+    assert sum(k.launches for k in normed) >= 2 * layers, "residual and norm"
+    for kernel in found.having("silu"):
+        assert any(op.startswith("aten.mul.") for op in kernel.ops), "SiLU and multiply"
+
+
+def test_heads_are_normed_and_turned_in_one_kernel(bed: Bed) -> None:
+    norms = ARCHITECTURES[bed.kind].norms
+    if norms == "row":
+        pytest.xfail("the statistic of a whole row is a kernel of its own: rotary's domain is a head")
+    found = generated(bed)
+    turning = found.having("cat", "sub")
+    assert sum(k.launches for k in turning) >= 2
+    assert all(k in found.having("rsqrt") for k in turning) or not norms
+
+
+def found_turn(ops: tuple[str, ...]) -> bool:
+    """Is it a norm of heads, and no residual?"""
+    return any(op.startswith("aten.cat.") for op in ops)
+
+
+# -- refused ---------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("change", "says"),
     [
         ({"dtype": "bfloat16"}, "another element type"),
-        ({"compilation_config": {"mode": 2, "backend": "flagtree"}}, "flagtree.serve.bundles.d_"),
+        ({"compilation_config": {**MODE, "backend": "flagtree"}}, "flagtree.serve.bundles.d_"),
     ],
 )
-def test_bad_input_stops_before_weights_are_loaded(bed: Bed, change: dict[str, Any], says: str) -> None:
-    if bed.model.parent.name.startswith("qwen3_moe"):
-        return  # what is refused does not depend on the architecture
-    arguments = strict(bed, "start")
-    for name, value in change.items():
-        arguments[name] = {**arguments[name], **value} if name == "compilation_config" else value
-    done = bed.start("refused", arguments)
+def test_bad_input_stops_before_weights_are_loaded(beds: Callable[..., Bed], change: dict[str, Any], says: str) -> None:
+    bed = beds("qwen3")
+    lenient(bed)
+    done = bed.start("refused", {"strict": {"arguments": {**bed.strict("start"), **change}}})
     assert done.returncode != 0
     assert says in done.stderr
     assert "Loading safetensors" not in done.stderr
