@@ -78,8 +78,8 @@ def _answer(request: Request) -> None:
 def capture_served(request: Request) -> RecordedGraph:
     """The recording that a server of this model, degree and platform would write.  CaptureError when vLLM cannot build or trace it."""
     from flagtree.capture.recorded import record_served
+    from flagtree.serve.agreement import facts_of
     from flagtree.serve.graph import key_of, served_graph
-    from flagtree.serve.server import facts_of
 
     config = _configuration(request)
     from vllm.config import set_current_vllm_config
