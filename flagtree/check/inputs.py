@@ -118,6 +118,8 @@ def make_operands(program: Program, symbols: Mapping[str, int], seed: int, kind:
         span = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if all(shape) else 0
         memory = _values(buffer, span + 2 * GUARD + shift, generator, kind, limits[buffer.name], range(GUARD + shift, GUARD + shift + span))
         out[buffer.name] = Operand(memory, shape, strides, GUARD + shift)
+        if limits[buffer.name].ascending:  # the tensor alone: sorted with what is around it, it would hold neighbours only
+            out[buffer.name].tensor.copy_(out[buffer.name].tensor.sort().values)
         if buffer.role == "temp":
             out[buffer.name].tensor.fill_(unwritten(memory.dtype))
     return out
@@ -156,8 +158,7 @@ def _values(buffer: Buffer, count: int, generator: torch.Generator, kind: str, l
         return floats(kind, count, generator, buffer.dtype, limits.positive, inside).to(dtype)
     if facts.kind == "bool":
         return torch.randint(0, 2, (count,), generator=generator).to(torch.bool)
-    values = torch.randint(limits.low, limits.high + 1, (count,), generator=generator).to(dtype)
-    return values.sort().values if limits.ascending else values
+    return torch.randint(limits.low, limits.high + 1, (count,), generator=generator).to(dtype)
 
 
 def unwritten(dtype: torch.dtype) -> float | int | bool:

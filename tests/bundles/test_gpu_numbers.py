@@ -1,7 +1,7 @@
 """A whole model's bundle for a GPU, loaded by `flagtree.load` and launched kernel by kernel, gives transformers' logits.
 
 The bundle is MetaX's, compiled to MACA LLVM IR; where MetaX's compiler would finish it, the emulator's does, and a driver that is this
-processor executes it (tests/runtime/executing.py).  Attention and matrix products are torch's, on the CPU.
+processor executes it (tests/runtime/executing.py), attention included.  Matrix products are torch's, on the CPU.
 """
 
 from __future__ import annotations
