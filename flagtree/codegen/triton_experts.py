@@ -12,7 +12,7 @@ from typing import Any
 from flagtree.codegen.triton_ops import TYPES, Speller, bare
 from flagtree.errors import CodegenError
 from flagtree.ir.bounds import Bounds
-from flagtree.ir.experts import COLUMN, DEPTH, ROW, Known
+from flagtree.ir.experts import BLOCK, COLUMN, DEPTH, ROW, Known
 from flagtree.ir.index import ONE, Index, floordiv
 from flagtree.ir.program import Compute, Kernel, Program, Store, defined
 
@@ -35,6 +35,7 @@ def context(program: Program, kernel: Kernel, found: Known, need: Callable[[str]
         "up": product.up, "top_k": product.top_k, "parts": range(product.parts), "sums": found.sums, "inner": columns,
         "wide": columns * product.parts, "experts": experts, "depth": depth, "lanes": 1 << (experts - 1).bit_length(),
         "rows": tiles[ROW], "columns": tiles[COLUMN], "step": tiles[DEPTH], "after": after,
+        "quantised": TYPES[product.dtype] if product.quantised else "", "block": BLOCK,
         "precision": ', input_precision="ieee"' if product.dtype == "f32" else "",
     }  # fmt: skip
 

@@ -6,14 +6,15 @@ bytes need nothing else; code generation for GPUs knows the body again (`known`)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flagtree.ir.dtypes import DTYPES
-from flagtree.ir.index import Index
+from flagtree.ir.index import Index, floordiv
 from flagtree.ir.program import Access, Axis, BodyOp, Compute, IndexValue, Kernel, Load, Program, Reduce, Store
 
 ROW, COLUMN, EXPERT, DEPTH = "i0", "i1", "r0", "r1"  # the axes of every such kernel
 DTYPES_OF = frozenset({"f32", "f16", "bf16"})
+BLOCK = 128  # rows and columns of w that share a scale, where it is quantised
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,7 @@ class Product:
     top_k: int
     inner: int
     parts: int
+    quantised: bool = False  # w is e4m3fn with a scale for each block of 128 x 128; taken back and rounded to `dtype` as it is read
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,7 @@ class Names:
     order: str
     x: str
     w: str
+    scales: str = ""
 
 
 def axes(rows: Index, columns: Index, experts: Index, depth: Index) -> tuple[Axis, ...]:
@@ -68,7 +71,14 @@ def sums(product: Product, names: Names) -> tuple[tuple[BodyOp, ...], tuple[str,
     found = []
     for part in range(product.parts):
         column = Index.of(COLUMN) + part * product.inner
-        w = wide(add(Load, product.dtype, Access(names.w, (Index.of("v4"), column, Index.of(DEPTH)))))
+        stored = "f8e4m3fn" if product.quantised else product.dtype
+        w = add(Load, stored, Access(names.w, (Index.of("v4"), column, Index.of(DEPTH))))
+        if product.quantised:
+            block = (Index.of("v4"), floordiv(column, Index.of(BLOCK)), floordiv(Index.of(DEPTH), Index.of(BLOCK)))
+            scale = add(Load, "f32", Access(names.scales, block))
+            w = add(Compute, "f32", "mul", (add(Compute, "f32", "cast", (w,)), scale))
+            w = w if product.dtype == "f32" else add(Compute, product.dtype, "cast", (w,))
+        w = wide(w)
         term = add(Compute, "f32", "mul", (x, w))
         body.append(Reduce((name := f"v{len(body)}",), ("f32",), "sum", (term,), (DEPTH,)))
         found.append(name)
@@ -91,12 +101,16 @@ def known(program: Program, kernel: Kernel) -> Known | None:
     if not kernel.numerics.fp_contract or len(loads) < 4 or [a.name for a in kernel.axes] != [ROW, COLUMN, EXPERT, DEPTH]:
         return None
     names = Names(*(op.access.buffer for op in loads[:4]))
+    quantised = program.buffer(names.w).dtype == "f8e4m3fn"
+    if quantised and len(loads) > 4:
+        names = replace(names, scales=loads[4].access.buffer)
     divisor = next((op.args[1] for op in kernel.body if isinstance(op, Compute) and op.op == "floordiv"), None)
     inner = kernel.axes[1].extent.constant
     if not isinstance(divisor, int) or isinstance(divisor, bool) or inner is None:
         return None
     up = loads[2].access.index[0] != Index.of(ROW)
-    product = Product(up, program.buffer(names.x).dtype, divisor, inner, len(loads) - 3)
+    parts = (len(loads) - 3) // (2 if quantised else 1)
+    product = Product(up, program.buffer(names.x).dtype, divisor, inner, parts, quantised)
     if product.dtype not in DTYPES_OF or not DTYPES[product.dtype].is_float:
         return None
     body, found, _ = sums(product, names)

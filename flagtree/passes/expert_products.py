@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from flagtree.ir.experts import COLUMN, DTYPES_OF, ROW, Names, Product, axes, sums
-from flagtree.ir.index import Bounds, Index
+from flagtree.ir.experts import BLOCK, COLUMN, DTYPES_OF, ROW, Names, Product, axes, sums
+from flagtree.ir.index import Bounds, Index, floordiv
 from flagtree.ir.program import (
     Access,
     BodyOp,
@@ -28,7 +28,7 @@ from flagtree.ir.program import (
     defined,
 )
 from flagtree.passes.base import Fuel, Refused, Report
-from flagtree.passes.rewrite import rename
+from flagtree.passes.rewrite import bounds, rename
 from flagtree.targets.base import Target
 
 UP, DOWN = "flagtree.experts_up.default", "flagtree.experts_down.default"
@@ -54,25 +54,46 @@ class ExpertProducts:
 
     def _steps(self, program: Program, steps: tuple[Step, ...], report: Report, fuel: Fuel) -> tuple[Step, ...]:
         out: list[Step] = []
-        gates: set[str] = set()
+        taken: set[str] = set()  # names of the steps that went into a product
         for step in steps:
             if isinstance(step, Repeat):
                 out.append(replace(step, body=self._steps(program, step.body, report, fuel)))
             elif isinstance(step, Extern) and step.callee in (UP, DOWN):
                 gate = _gate(program, steps, step) if step.callee == UP else None
-                found = _product(program, step, gate)
+                weight = _dequantised(program, steps, step, 1 if gate is None else 2)
+                found = _product(program, step, gate, weight)
                 if isinstance(found, Kernel) and fuel.take():
                     report.rewrites += 1
                     report.matched.append(step.name)
-                    gates |= {gate.name} if gate is not None else set()
+                    taken |= {s.name for s in (gate, weight) if s is not None}
                     out.append(found)
                     continue
                 if isinstance(found, str):
                     report.refused.append(Refused((step.name,), found))
                 out.append(step)
-            elif step.name not in gates:
+            else:
                 out.append(step)
-        return tuple(out)
+        return tuple(s for s in out if not isinstance(s, Kernel) or s.name not in taken)
+
+
+def _dequantised(program: Program, steps: tuple[Step, ...], step: Extern, parts: int) -> Kernel | None:
+    """The step that makes the call's weight from e4m3fn and a scale a block, for this call alone; each of `parts` ends with a block."""
+    weight = step.args[1].buffer if isinstance(step.args[1], Ref) else ""
+    makers, readers = [s for s in steps if weight in s.writes], [s for s in steps if weight in s.reads]
+    if len(makers) != 1 or len(readers) != 1 or weight in program.outputs or not isinstance(maker := makers[0], Kernel):
+        return None
+    points = tuple(Index.of(a.name) for a in maker.axes)
+    kinds = sorted(op.op for op in maker.body if isinstance(op, Compute))
+    if len(points) != 3 or kinds != ["cast", "cast", "mul"] or len(maker.loads) != 2 or len(maker.stores) != 1:
+        return None
+    if (columns := maker.axes[1].extent.constant) is None or columns // parts % BLOCK:
+        return None
+    known = bounds(program, maker)  # a dimension of one block has no division left
+    blocks = (points[0], *(known.simplify(floordiv(p, Index.of(BLOCK), known)) for p in points[1:]))
+    by_type = {op.dtype: op.access for op in maker.loads}
+    places = [by_type[t].index if t in by_type else None for t in ("f8e4m3fn", "f32")]
+    plain = maker.stores[0].access.index == points and not any(op.access.mask for op in (*maker.loads, *maker.stores))
+    return maker if plain and places == [points, blocks] else None
 
 
 def _gate(program: Program, steps: tuple[Step, ...], step: Extern) -> Kernel | None:
@@ -92,8 +113,8 @@ def _gate(program: Program, steps: tuple[Step, ...], step: Extern) -> Kernel | N
     return gate if plain and one and store.access.mask is None and not any(op.access.mask for op in gate.loads) else None
 
 
-def _product(program: Program, step: Extern, gate: Kernel | None) -> Kernel | str:
-    """The kernel in the place of the call and of its gate, or why not."""
+def _product(program: Program, step: Extern, gate: Kernel | None, weight: Kernel | None) -> Kernel | str:
+    """The kernel in the place of the call, of its gate and of what makes its weight, or why not."""
     x, w, order, starts = (program.buffer(a.buffer) for a in step.args[:4] if isinstance(a, Ref))
     out, top_k = program.buffer(step.outputs[0] or ""), step.args[4]
     columns, depth = w.shape[1].constant, w.shape[2].constant
@@ -104,8 +125,10 @@ def _product(program: Program, step: Extern, gate: Kernel | None) -> Kernel | st
     if not all(b.is_contiguous for b in (x, w, order, starts, out)):
         return "operands that do not lie densely"
     up, parts = step.callee == UP, 1 if gate is None else 2
-    product = Product(up, x.dtype, top_k, columns // parts, parts)
-    body, totals, choice = sums(product, Names(starts.name, order.name, x.name, w.name))
+    product = Product(up, x.dtype, top_k, columns // parts, parts, weight is not None)
+    stored = {op.dtype: op.access.buffer for op in weight.loads} if weight is not None else {}
+    names = Names(starts.name, order.name, x.name, stored.get("f8e4m3fn", w.name), stored.get("f32", ""))
+    body, totals, choice = sums(product, names)
     rounded = [Compute(f"s{k}", x.dtype, "cast", (t,)) for k, t in enumerate(totals)] if x.dtype != "f32" else []
     results = [op.name for op in rounded] or list(totals)
     after: list[BodyOp] = list(rounded)
@@ -117,9 +140,8 @@ def _product(program: Program, step: Extern, gate: Kernel | None) -> Kernel | st
         after += [Compute("place", "i32", "mod", (choice.name, top_k)),  # type: ignore[arg-type]
                   Store(Access(out.name, (Index.of("v6"), Index.of("place"), Index.of(COLUMN))), results[0])]  # fmt: skip
     whole = _numbered((*body, *after))
-    members = (step, gate) if gate is not None else (step,)
-    origins = tuple(dict.fromkeys(o for s in members for o in s.origins))
-    ops = tuple(dict.fromkeys((step.callee, *(gate.ops if gate is not None else ()))))
+    origins = tuple(dict.fromkeys(o for s in (step, gate, weight) if s is not None for o in s.origins))
+    ops = tuple(dict.fromkeys((step.callee, *(op for s in (gate, weight) if s is not None for op in s.ops))))
     rows, experts = order.shape[0], w.shape[0]
     domain = axes(rows, Index.of(columns // parts), experts, w.shape[2])
     return Kernel(step.name, domain, whole, Numerics(fp_contract=True), _schedule(program, product, rows, experts), origins, ops)

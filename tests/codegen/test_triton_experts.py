@@ -117,6 +117,31 @@ def test_a_layer_of_experts_is_eagers(size: tuple[int, ...], dtype: torch.dtype)
     judged(out, eager, truth)
 
 
+def quantised_layer(x, logits, gate_up, up_scales, down, down_scales):
+    """MiniMax-M2's weights: e4m3fn, a scale for each block of 128 x 128."""
+    weights, ids = moe_route(logits, None, 2, "sigmoid", True)
+    back = [torch.ops.flagtree.dequantise(w, s, 128, 128, x.dtype) for w, s in ((gate_up, up_scales), (down, down_scales))]
+    return fused_moe(x, *back, weights, ids)
+
+
+@emulated
+@pytest.mark.parametrize(("hidden", "steps"), [(256, 5), (320, 6)])
+def test_quantised_weights_are_taken_back_inside_the_products(hidden: int, steps: int) -> None:
+    """The second time 320 columns end inside a block of scales: that weight is taken back before its product."""
+    torch.manual_seed(8)
+    experts, inner = 3, 128
+    stored = [torch.randn(experts, *size).to(torch.float8_e4m3fn) for size in ((2 * inner, hidden), (hidden, inner))]
+    scales = [torch.rand(experts, -(-w.shape[1] // 128), -(-w.shape[2] // 128)) / 8 for w in stored]
+    operands = (torch.randn(3, hidden).bfloat16(), torch.randn(3, experts), stored[0], scales[0], stored[1], scales[1])
+    program, _ = run_pipeline(lowered_function(quantised_layer, operands), pipeline(METAX), METAX)
+    assert len(program.steps) == steps
+    found = executed(program, dict(zip([b.name for b in program.inputs], operands, strict=True)), 3)[program.outputs[0]]
+    wide = [w.double() * s.repeat_interleave(128, 1)[:, : w.shape[1]].repeat_interleave(128, 2)[:, :, : w.shape[2]].double()
+            for w, s in zip(stored, scales, strict=True)]  # fmt: skip
+    weights, ids = moe_route(operands[1], None, 2, "sigmoid", True)
+    judged(found, quantised_layer(*operands), fused_moe(operands[0].double(), *wide, weights, ids))
+
+
 def test_the_products_of_a_layer_are_two_kernels_and_no_call() -> None:
     layer, operands = Layer(2, "softmax"), operands_of(4, 6, 2, torch.bfloat16, 64, 48)
     before = lowered(layer, operands, 64)
