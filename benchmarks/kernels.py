@@ -183,7 +183,7 @@ def report(records: Sequence[dict[str, Any]], options: argparse.Namespace, facts
         for dtype in options.dtype:
             gains = [gain(r, "kernel") for r in large if r["case"] == name and r["dtype"] == dtype]
             calls = [gain(r, "call") for r in single if r["case"] == name and r["dtype"] == dtype]
-            line += [f"{pick(found):.2f}" if found else "" for found, pick in ((gains, measure.ratio), (gains, min), (calls, measure.ratio))]
+            line += [f"{of(found):.2f}" if found else "" for found, of in ((gains, measure.ratio), (gains, min), (calls, measure.ratio))]
         summary.append(line)
     header = ["Inductor / flagtree", *(f"{d}: {what}" for d in options.dtype for what in ("kernel, mean", "least", "call at 1 row"))]
     gains = [gain(r, "kernel") for r in large]
