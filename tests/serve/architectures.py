@@ -111,6 +111,7 @@ _QWEN_VL_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|im
 _MINICPM_TOKENS = ("<image>", "</image>", "<unk>", "<slice>", "</slice>", "<image_id>", "</image_id>", "<im_start>", "<im_end>")
 _STEP3_TOKENS = ("<im_patch>", "<im_start>", "<im_end>", "<patch_start>", "<patch_end>", "<patch_newline>")
 _ONE_IMAGE: dict[str, Any] = {**WEIGHTS, "limit_mm_per_prompt": {"image": 1}}
+_NO_VIDEO: dict[str, Any] = {**WEIGHTS, "limit_mm_per_prompt": {"image": 1, "video": 0}}
 
 ARCHITECTURES: dict[str, Architecture] = {
     "qwen3": Architecture(_qwen3, arguments={}, saved="Qwen3ForCausalLM", norms="heads"),
@@ -118,10 +119,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "minimax_m2": Architecture(_minimax_m2, norms="row"),
     "qwen2_5_vl": Architecture(
         _qwen2_5_vl, _QWEN_VL_TOKENS, "<|vision_start|><|image_pad|><|vision_end|>", _QWEN_VL_FILES,
-        arguments={**WEIGHTS, "limit_mm_per_prompt": {"image": 1, "video": 0}},
+        arguments=_NO_VIDEO,
     ),
     "minicpm_v4": Architecture(
-        _minicpm_v, _MINICPM_TOKENS, "(<image>./</image>)", _MINICPM_FILES, "minicpmv", {**_ONE_IMAGE, "trust_remote_code": True}
+        _minicpm_v, _MINICPM_TOKENS, "(<image>./</image>)", _MINICPM_FILES, "minicpmv", {**_NO_VIDEO, "trust_remote_code": True}
     ),
     "step3_text": Architecture(_step3_text),
     "step3_vl": Architecture(_step3_vl, _STEP3_TOKENS, "<im_patch>", arguments=_ONE_IMAGE),
