@@ -219,7 +219,7 @@ def starts_table(found: Sequence[Mapping[str, Any]]) -> str:
         span = f"{min(values):.1f} to {max(values):.1f}"
         more = _shown(_middle(found, start, "cpu logprobs"))
         lines.append([start, f"{middle:.1f}", span, share, more, *counts, _shown(_middle(found, start, "ready")), len(values)])
-    header = ["start", "CPU s", "range", "by eager none", "CPU s with log-probabilities", "C++ compilations", "Dynamo graphs",
+    header = ["start", "CPU s", "range", "by eager none", "CPU s with log-probabilities", "C++ compilers run", "Dynamo graphs",
               "Inductor kernels", "wall s until ready", "runs"]  # fmt: skip
     return rows(header, lines)
 
