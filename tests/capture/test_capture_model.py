@@ -23,6 +23,7 @@ ARCHITECTURES = (
     ("Qwen2ForCausalLM", {}),  # biases on q, k and v
     ("LlamaForCausalLM", {"rope_scaling": LLAMA3}),  # tied head
     ("CohereForCausalLM", {}),  # computes after its output head, which a traced graph must keep
+    ("MistralForCausalLM", {"sliding_window": 8, "head_dim": 8}),  # each token sees the last eight
 )
 
 
@@ -204,7 +205,6 @@ class PeekingQwen3(transformers.Qwen3ForCausalLM):
         ("Qwen3ForCausalLM", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "only full attention"),
         ("Qwen3ForCausalLM", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}, "only full attention"),
         ("Qwen3ForCausalLM", {"head_dim": None}, "the field 'head_dim' is missing.*means 8, .*take 128"),
-        ("MistralForCausalLM", {"sliding_window": 8, "head_dim": 8}, "the attention option 'sliding_window' = 8 is not supported"),
         ("LlamaForCausalLM", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "depend on data.*'dynamic'"),
         ("GemmaForCausalLM", {"head_dim": 16}, "a table that is not a weight.*embed_tokens"),
         ("GPTNeoXForCausalLM", {}, "4 key heads of 8, its description 2 of 8"),

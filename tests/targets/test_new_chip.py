@@ -32,7 +32,7 @@ for made in report.bundles:
     (logits,) = part({name: tensor(name, declared[name], generator) for name in sorted(declared)}).values()
     outputs.append(logits)
 told = {"targets": [made.target for made in report.bundles],
-        "finite": bool(outputs[0].isfinite().all()), "equal": torch.equal(*outputs), "spread": float(outputs[0].std()),
+        "finite": bool(outputs[0].isfinite().all()), "equal": torch.allclose(*outputs, rtol=1e-4, atol=1e-5), "spread": float(outputs[0].std()),
         "tiers": [dict(made.tiers) for made in report.bundles], "executed": [dict(made.executed) for made in report.bundles]}
 print(json.dumps(told))
 """
@@ -55,5 +55,5 @@ def test_a_model_is_compiled_for_a_chip_that_one_file_outside_the_tree_describes
     told = json.loads(run.stdout.splitlines()[-1])
     assert told["targets"] == ["toy:one", "cpu"] and told["tiers"][0].keys() == {"binary"}
     assert told["executed"][0].keys() == {"native x86-64-v2"}
-    # numbers do not depend on the level of the instruction set: the toy's bundle gives the bits of the cpu's
+    # the cpu's bundle has products of its own where the toy's leaves them to the library: the numbers agree, not the bits
     assert told["finite"] and told["equal"] and told["spread"] > 0
