@@ -32,7 +32,8 @@ for made in report.bundles:
     (logits,) = part({name: tensor(name, declared[name], generator) for name in sorted(declared)}).values()
     outputs.append(logits)
 told = {"targets": [made.target for made in report.bundles],
-        "finite": bool(outputs[0].isfinite().all()), "equal": torch.allclose(*outputs, rtol=1e-4, atol=1e-5), "spread": float(outputs[0].std()),
+        "finite": bool(outputs[0].isfinite().all()), "equal": torch.allclose(*outputs, rtol=1e-4, atol=1e-5),
+        "spread": float(outputs[0].std()),
         "tiers": [dict(made.tiers) for made in report.bundles], "executed": [dict(made.executed) for made in report.bundles]}
 print(json.dumps(told))
 """
