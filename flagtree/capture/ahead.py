@@ -33,11 +33,12 @@ KIND = "server-graph"
 OWN_DEVICE = "cpu"  # torch's name for what the installed platform computes on
 ELSEWHERE = "record the graphs where the platform is, then: flagtree compile --graphs FILE"
 NOT_INSTALLED = "vLLM is not installed here"
+AUTO = "auto"  # what a server does without --dtype: the configuration's own, but never float32
 
 
 @dataclass(frozen=True, slots=True)
 class ServerModel:
-    """`config`: the fields of config.json, its class among them; `dtype`: torch's name of the element type."""
+    """`config`: the fields of config.json, its class among them; `dtype`: torch's name of the element type, or AUTO."""
 
     name: str
     config: Mapping[str, Any]
@@ -71,7 +72,7 @@ def server_model(name: str, layers: int | None = None, dtype: str | None = None)
         config = dict(read_spec_file(path).data)
         inner = config.get("text_config") or config
         title = f"{config.get('model_type', 'model')}-{inner.get('hidden_size')}x{inner.get('num_hidden_layers')}"
-        element = dtype or config.get("dtype") or config.get("torch_dtype") or inner.get("dtype") or inner.get("torch_dtype")
+        element = dtype or AUTO
         names = config.get("architectures")
         if not (isinstance(names, list) and len(names) == 1 and isinstance(names[0], str)):
             raise CaptureError("the configuration names no model class", where=str(path), why=f"architectures is {names!r}")
@@ -79,10 +80,8 @@ def server_model(name: str, layers: int | None = None, dtype: str | None = None)
         spec = load_spec(name)
         config = {**spec.config, "architectures": [spec.architecture], "dtype": spec.dtype}
         title, element = spec.name, spec.element(dtype)
-    if element is None:
-        raise CaptureError("the configuration names no dtype", where=str(path), hint="--dtype bf16")
-    element = DTYPES.get(str(element), str(element))
-    if element not in DTYPES.values():
+    element = DTYPES.get(element, element)
+    if element not in (AUTO, *DTYPES.values()):
         raise UnknownName("dtype", element, [*DTYPES, *DTYPES.values()])
     if layers is not None:
         config, title = _with_depth(config, layers), f"{title}-{layers}-layers"
