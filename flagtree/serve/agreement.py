@@ -72,6 +72,9 @@ def check_server(config: Any, mode: int = WHOLE_GRAPH) -> None:
     if mode_of(config) != mode:
         found = config.compilation_config.mode
         raise FlagtreeError(f"vLLM's compile mode is not {mode}", why=f"it is {found}", hint=f"-cc.mode={mode}")
+    if getattr(config, "lora_config", None) is not None:
+        why = "its adapters change what is computed from request to request"
+        raise FlagtreeError("LoRA is on", why=why, hint="serve without flagtree, or without LoRA")
     operators = list(getattr(config.compilation_config, "custom_ops", []))
     if "none" not in operators:
         raise FlagtreeError(
@@ -79,9 +82,6 @@ def check_server(config: Any, mode: int = WHOLE_GRAPH) -> None:
             why=f"custom_ops is {operators}, the default beside another compiler than Inductor",
             hint="-cc.custom_ops='[\"none\"]'",
         )
-    if getattr(config, "lora_config", None) is not None:
-        why = "its adapters change what is computed from request to request"
-        raise FlagtreeError("LoRA is on", why=why, hint="serve without flagtree, or without LoRA")
 
 
 def check_led(config: Any, settings: ServeSettings) -> str:

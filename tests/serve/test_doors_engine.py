@@ -19,7 +19,7 @@ pytestmark = pytest.mark.vllm
 LAYERS = 2
 BUNDLE = {"additional_config": {"flagtree": {"bundle": "a bundle", "digest": "0" * 64}}}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "LoRA on, which switches compilation off": ({"enable_lora": True, **BUNDLE}, "no door leads to it"),
+    "LoRA on": ({"enable_lora": True, **BUNDLE}, "LoRA is on"),
     "eager mode": ({"enforce_eager": True, **BUNDLE}, "no door leads to it"),
     "custom_ops at its default": ({"compilation_config": {"mode": 2, "backend": "flagtree.serve.bundles.store"}}, "own operators are on"),
     "no such bundle": ({"compilation_config": {"mode": 3, "custom_ops": ["none"]}, **BUNDLE}, "a bundle"),
