@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from flagtree.artifact.files import canonical_json
 from flagtree.artifact.recording import RecordedGraph
-from flagtree.capture.ahead import ANSWERED, Request
+from flagtree.capture.ahead import ANSWERED, ELSEWHERE, OWN_DEVICE, Request
 from flagtree.errors import CaptureError
 
 PREDICTED = "predicted"  # a recording's fact: derived from the model class, no server met the graph
@@ -102,7 +102,13 @@ def capture_served(request: Request) -> RecordedGraph:
     versions = {"torch": torch.__version__, "vllm": facts.pop("vllm", "")}
     facts[PREDICTED] = f"from vLLM's model class, for {request.device}"
     most = int(facts.get("max_tokens", "0"))
-    return record_served(served, key_of(served), inputs, most=most, versions=versions, facts=facts)
+    try:
+        return record_served(served, key_of(served), inputs, most=most, versions=versions, facts=facts)
+    except RuntimeError as error:
+        if request.device == OWN_DEVICE:
+            raise
+        what = f"the graph of a '{request.device}' platform cannot be predicted"
+        raise CaptureError(what, where=_where(request), why=_one_line(error), hint=ELSEWHERE) from error
 
 
 def _where(request: Request) -> str:

@@ -106,12 +106,13 @@ def recorded(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 
 def run(repository: Path, folder: Path, model: str, name: str, arguments: dict[str, Any]) -> Any:
-    out = folder / f"{name}.json"
-    command = [sys.executable, "-m", "tests.serve.engine", model, str(out), json.dumps(arguments)]
+    job, out = folder / f"{name}.job.json", folder / f"{name}.json"
+    job.write_text(json.dumps({"model": model, "image": "", "runs": {name: {"arguments": arguments}}}))
+    command = [sys.executable, "-m", "tests.serve.engine", str(job), str(out)]
     env = environment(repository, folder, VLLM_CACHE_ROOT=str(folder / "vllm"))
     done = subprocess.run(command, cwd=repository, env=env, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(out.read_text())
+    return json.loads(out.read_text())[name]
 
 
 def test_the_kernels_are_those_of_a_recording_and_a_strict_start_serves(
@@ -148,8 +149,9 @@ def kernels(launch: Any) -> list[str]:
 
 
 def test_depth_costs_nothing_after_capture(tmp_path: Path) -> None:
-    shallow, deep = (capture_ahead(server_model(described(tmp_path / "m", {**QWEN3, "num_hidden_layers": n})), [1])[0] for n in (5, 12))
-    assert (len(shallow.layers), len(deep.layers)) == (3, 10)
+    shallow, deep = (capture_ahead(server_model(described(tmp_path / "m", {**QWEN3, "num_hidden_layers": n})), [1])[0] for n in (7, 12))
+    assert len(shallow.layers) >= 3  # the ends differ from the layers between
+    assert len(deep.layers) == len(shallow.layers) + 5
     assert shallow.program.count("\n") == deep.program.count("\n")
 
 
