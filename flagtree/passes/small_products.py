@@ -74,6 +74,8 @@ def _template(program: Program, step: Extern, target: Target, bounds: Bounds) ->
     least, most = bounds.minimum(rows), bounds.maximum(rows)
     if least is not None and least > limit:
         return f"more than {limit} rows"
+    if bias and (most is None or most > limit):
+        return "above its rows the library's biased product rounds otherwise when it writes where ours does"
     otherwise: tuple[tuple[str, Operand], ...] = () if most is not None and most <= limit else ((gemm.OTHERWISE, step.callee),)
     attrs = ((gemm.ROWS_AT_MOST, limit), *otherwise)
     return Template(step.name, "gemm", operands, (y.name,), attrs, (), (), Numerics(fp_contract=True), step.origins)

@@ -50,7 +50,7 @@ def test_each_further_layer_adds_the_same_launches(small_config: str) -> None:
 def test_one_part_alone(small_config: str) -> None:
     (bundle,) = compile_model(small_config, ["cpu"], parts=["decode"]).bundles
     assert [part.name for part in bundle.parts] == ["decode"]
-    assert sorted(p.name for p in (Path(bundle.path) / "launch").iterdir()) == ["decode.json"]
+    assert sorted(p.name for p in (Path(bundle.path) / "launch").iterdir()) == ["decode.ir", "decode.json"]
 
 
 def test_another_element_type_halves_the_bytes(small_config: str) -> None:

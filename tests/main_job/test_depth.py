@@ -23,7 +23,7 @@ def by_depth(small_config: str) -> dict[int, BundleReport]:
 
 
 def launch_lists(bundle: BundleReport) -> dict[str, dict[str, Any]]:
-    return {path.stem: json.loads(path.read_text()) for path in sorted((Path(bundle.path) / "launch").iterdir())}
+    return {path.stem: json.loads(path.read_text()) for path in sorted((Path(bundle.path) / "launch").glob("*.json"))}
 
 
 def without_counts(steps: list[dict[str, Any]]) -> list[object]:
