@@ -94,8 +94,9 @@ def test_every_kernel_of_a_small_qwen3_has_the_bits_of_the_whole_graph(part: str
     traced = trace(captured.graph_module, names, [p.value for p in captured.placeholders],
                    {p.qualified: p.role for p in captured.placeholders}, [given[n] for n in names])
     compared, refused = check_kernels(traced)
-    assert refused == []
-    assert compared == len(list(kernels(traced.program.steps))) >= 12
+    # attention of one token is a kernel too; its recipe is the operator's own call (test_attention_evidence.py)
+    assert refused == (["it needs the result of an attention"] * CONFIG["num_hidden_layers"] if part == "decode" else [])
+    assert compared + len(refused) == len(list(kernels(traced.program.steps))) >= 12
 
 
 def rms(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:

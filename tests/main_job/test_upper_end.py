@@ -17,6 +17,7 @@ from flagtree.capture.parts import capture_part
 from flagtree.check.gate import judge
 from flagtree.check.inputs import lower_ends, upper_ends
 from flagtree.check.upper import run_blocks
+from flagtree.ir.attention import form_of
 from flagtree.ir.canonical import Isolated
 from flagtree.targets import find_target
 from flagtree.toolchain import emulator
@@ -29,7 +30,8 @@ SAMPLE, SEED = 3, 20_251_121
 
 def kernels(part: str, dtype: str) -> dict[str, Isolated]:
     generated = generate_part(capture_part(load_spec("qwen3"), part, dtype), METAX)
-    return {digest: alone for alone, digest in generated.kernels.values()}
+    # a block of attention reads the whole cache: its far addresses have a test of their own, tests/codegen/test_triton_attention.py
+    return {digest: alone for alone, digest in generated.kernels.values() if form_of(alone.program) is None}
 
 
 def check(chosen: dict[str, Isolated], blocks: int) -> int:
