@@ -58,7 +58,7 @@ def test_the_help_has_an_example(flagtree: Flagtree) -> None:
 def test_a_configuration_of_ones_own_is_handed_on_as_it_is(folder: Path) -> None:
     for name in (str(folder), str(folder / "config.json")):
         model = server_model(name)
-        assert (model.config, model.dtype, model.name) == (CONFIG, "float32", "qwen3-32x3")
+        assert (model.config, model.dtype, model.name) == (CONFIG, "auto", "qwen3-32x3")
     deep = server_model(str(folder), layers=7, dtype="bf16")
     assert (deep.config["num_hidden_layers"], deep.dtype, deep.name) == (7, "bfloat16", "qwen3-32x3-7-layers-bfloat16")
 
