@@ -46,7 +46,7 @@ def test_a_small_model(place: Place, small_config: str, target: str) -> None:
 @pytest.mark.parametrize("target", ["cpu", "metax"])
 def test_qwen3_8b_in_three_minutes(place: Place, target: str) -> None:
     found, seconds = verified(place, target, "qwen3")
-    assert len(found["kernels"]) == (18 if target == "cpu" else 17)  # the product of a few rows is our own on the CPU
+    assert len(found["kernels"]) == 19  # attention: decode's on the CPU, where a product of a few rows is ours too; both parts' on a GPU
     assert seconds <= 180, seconds
     left_out = [reason for row in found["kernels"] for reason in row["left_out"]]
     assert left_out and all("at the upper end: " in reason for reason in left_out)
