@@ -119,7 +119,8 @@ def test_the_kernels_are_those_of_a_recording_and_a_strict_start_serves(
     recorded: tuple[str, RecordedGraph, Any], repository: Path, tmp_path: Path
 ) -> None:
     model, graph, eager = recorded
-    command = [sys.executable, "-m", "flagtree", "compile", model, "--for", "vllm", "--tp", "1,2", "--dtype", "f32", "--json", "-o", str(tmp_path)]
+    command = [sys.executable, "-m", "flagtree", "compile", model, "--for", "vllm", "--tp", "1,2", "--dtype", "f32", "--json",
+               "-o", str(tmp_path)]  # fmt: skip
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     (bundle,) = json.loads(done.stdout)["bundles"]
