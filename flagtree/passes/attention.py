@@ -11,8 +11,9 @@ from typing import ClassVar
 
 from flagtree.ir import attention
 from flagtree.ir.attention import Form
-from flagtree.ir.program import Buffer, Extern, Kernel, Program, Ref, Repeat, Schedule, Step
-from flagtree.passes.base import Fuel, Refused, Report
+from flagtree.ir.program import Buffer, Extern, Kernel, Program, Ref, Schedule
+from flagtree.passes.base import Fuel, Report
+from flagtree.passes.rewrite import replace_externs
 from flagtree.targets.base import Target
 
 WIDTHS = (16, 256)  # elements of a head: below, a matrix instruction is mostly padding; above, a tile does not fit shared memory
@@ -27,26 +28,12 @@ class Attention:
     version: ClassVar[int] = 1
 
     def run(self, program: Program, target: Target, fuel: Fuel | None = None) -> tuple[Program, Report]:
-        report, fuel = Report(self.name), fuel or Fuel()
+        report = Report(self.name)
 
-        def change(step: Step) -> Step:
-            if isinstance(step, Repeat):
-                body = tuple(map(change, step.body))
-                return step if body == step.body else Repeat(step.name, step.count, body, step.bindings)
-            if not isinstance(step, Extern) or step.callee not in attention.OPERATORS or not target.attention:
-                return step
-            found = _kernel(program, step, target)
-            if isinstance(found, str):
-                report.refused.append(Refused((step.name,), found))
-                return step
-            if not fuel.take():
-                return step
-            report.rewrites += 1
-            report.matched.append(step.name)
-            return found
+        def replacement(step: Extern) -> Kernel | str | None:
+            return _kernel(program, step, target) if step.callee in attention.OPERATORS and target.attention else None
 
-        steps = tuple(map(change, program.steps))
-        return (program.with_(steps=steps) if report.rewrites else program), report
+        return replace_externs(program, report, fuel or Fuel(), replacement), report
 
 
 def _kernel(program: Program, step: Extern, target: Target) -> Kernel | str:

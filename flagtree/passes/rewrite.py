@@ -1,6 +1,6 @@
-"""Mechanics that passes share: what a value depends on, renaming, pruning of a kernel body.
+"""Mechanics that passes share: what a value depends on, renaming, pruning of a kernel body, calls that become steps of our own.
 
-All functions are pure over the body tuple of a kernel, in SSA order.
+All functions are pure; those over a kernel's body take it in SSA order.
 """
 
 from __future__ import annotations
@@ -9,7 +9,25 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from flagtree.ir.index import Bounds, Index
-from flagtree.ir.program import Access, Axis, BodyOp, Compute, IndexValue, Kernel, Load, Program, Reduce, Scan, Store, defined, operands
+from flagtree.ir.program import (
+    Access,
+    Axis,
+    BodyOp,
+    Compute,
+    Extern,
+    IndexValue,
+    Kernel,
+    Load,
+    Program,
+    Reduce,
+    Repeat,
+    Scan,
+    Step,
+    Store,
+    defined,
+    operands,
+)
+from flagtree.passes.base import Fuel, Refused, Report
 
 EXPENSIVE = frozenset(
     {
@@ -125,3 +143,24 @@ def map_kernels(program: Program, change: Callable[[Kernel], Kernel]) -> Program
     """Apply `change` to every kernel; the same program when nothing changed."""
     steps = tuple(change(s) if isinstance(s, Kernel) else s for s in program.steps)
     return program if all(a is b for a, b in zip(steps, program.steps, strict=True)) else program.with_(steps=steps)
+
+
+def replace_externs(program: Program, report: Report, fuel: Fuel, replacement: Callable[[Extern], Step | str | None]) -> Program:
+    """The program with calls, inside repeats too, as the steps that `replacement` gives for them: None for a call that is not its
+    concern, a text for one that it declines.  `report` gets what was done; each step takes fuel."""
+
+    def change(step: Step) -> Step:
+        if isinstance(step, Repeat):
+            body = tuple(map(change, step.body))
+            return step if body == step.body else Repeat(step.name, step.count, body, step.bindings)
+        found = replacement(step) if isinstance(step, Extern) else None
+        if isinstance(found, str):
+            report.refused.append(Refused((step.name,), found))
+        if found is None or isinstance(found, str) or not fuel.take():
+            return step
+        report.rewrites += 1
+        report.matched.append(step.name)
+        return found
+
+    steps = tuple(map(change, program.steps))
+    return program.with_(steps=steps) if report.rewrites else program

@@ -11,8 +11,9 @@ from typing import ClassVar
 
 from flagtree.ir import gemm
 from flagtree.ir.index import Bounds
-from flagtree.ir.program import Extern, Numerics, Operand, Program, Ref, Repeat, Step, Template
-from flagtree.passes.base import Fuel, Refused, Report
+from flagtree.ir.program import Extern, Numerics, Operand, Program, Ref, Template
+from flagtree.passes.base import Fuel, Report
+from flagtree.passes.rewrite import replace_externs
 from flagtree.targets.base import Target
 
 
@@ -29,24 +30,10 @@ class SmallProducts:
             return program, report
         bounds = Bounds({s.name: (s.lo, s.hi) for s in program.symbols}, {})
 
-        def change(step: Step) -> Step:
-            if isinstance(step, Repeat):
-                body = tuple(map(change, step.body))
-                return step if body == step.body else Repeat(step.name, step.count, body, step.bindings)
-            if not isinstance(step, Extern) or step.callee != gemm.PRODUCT:
-                return step
-            found = _template(program, step, target, bounds)
-            if isinstance(found, str):
-                report.refused.append(Refused((step.name,), found))
-                return step
-            if not fuel.take():
-                return step
-            report.rewrites += 1
-            report.matched.append(step.name)
-            return found
+        def replacement(step: Extern) -> Template | str | None:
+            return _template(program, step, target, bounds) if step.callee == gemm.PRODUCT else None
 
-        steps = tuple(map(change, program.steps))
-        return (program.with_(steps=steps) if report.rewrites else program), report
+        return replace_externs(program, report, fuel, replacement), report
 
 
 def _template(program: Program, step: Extern, target: Target, bounds: Bounds) -> Template | str:
