@@ -10,18 +10,17 @@ import functools
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import triton
 from triton._C.libtriton import amd, ir, llvm, passes
 from triton.backends import Backend, backends
-from triton.backends.compiler import BaseBackend, GPUTarget, Language
+from triton.backends.compiler import GPUTarget, Language
 from triton.compiler import make_backend
 
 from flagtree.errors import ToolchainError
 from flagtree.toolchain.maca_ir import LANES, convert
-from flagtree.toolchain.ttir_backend import CompileOnly, check_release, manager_of, portable_ttir
+from flagtree.toolchain.ttir_backend import CompileOnly, TtirBackend, check_release, manager_of, portable_ttir
 
 NAME = "maca"
 PROCESSORS = {80: "xcore1000", 86: "xcore1500", 89: "xcore1600"}  # capability -> mxcc --offload-arch
@@ -82,7 +81,7 @@ class MacaOptions:
         return hashlib.sha256("_".join(f"{k}-{v}" for k, v in sorted(self.__dict__.items())).encode()).hexdigest()
 
 
-class MacaBackend(BaseBackend):
+class MacaBackend(TtirBackend):
     """Stages `ttir`, `ttgir`, `llir`; the result of `llir` is the text of a MACA module."""
 
     binary_ext = "llir"
@@ -100,19 +99,6 @@ class MacaBackend(BaseBackend):
     def parse_options(self, opts: dict[str, Any]) -> MacaOptions:
         fields = MacaOptions.__dataclass_fields__
         return MacaOptions(**{"arch": self.target.arch, **{k: v for k, v in opts.items() if k in fields and v is not None and k != "arch"}})
-
-    def pack_metadata(self, metadata: Any) -> tuple[int, int, int]:
-        return metadata.num_warps, metadata.num_ctas, metadata.shared
-
-    def get_codegen_implementation(self, options: MacaOptions) -> dict[str, Callable]:
-        # the smallest tl.dot that MetaX's Triton 3.1 accepts
-        return {"min_dot_size": lambda left, right: (16, 16, 32 if left.scalar.primitive_bitwidth == 8 else 16)}
-
-    def get_module_map(self) -> dict[str, ModuleType]:
-        # CUDA's names, as in MetaX's own Triton: the converter gives each its MACA form
-        from triton.language.extra.cuda import libdevice
-
-        return {"triton.language.extra.libdevice": libdevice}
 
     def load_dialects(self, ctx: Any) -> None:
         amd.load_dialects(ctx)

@@ -79,18 +79,19 @@ class TtirBackend(BaseBackend):
     def supports_target(target: GPUTarget) -> bool:
         return target.backend == NAME
 
-    def parse_options(self, opts: dict[str, Any]) -> TtirOptions:
+    def parse_options(self, opts: dict[str, Any]) -> Any:
         known = {k: v for k, v in opts.items() if k in TtirOptions.__dataclass_fields__ and v is not None}
         return TtirOptions(**{**known, "arch": self.target.arch, "warp_size": self.target.warp_size})
 
     def pack_metadata(self, metadata: Any) -> tuple[int, int, int]:
         return metadata.num_warps, metadata.num_ctas, metadata.shared
 
-    def get_codegen_implementation(self, options: TtirOptions) -> dict[str, Callable]:
+    def get_codegen_implementation(self, options: Any) -> dict[str, Callable]:
+        # the smallest tl.dot that MetaX's Triton 3.1 accepts
         return {"min_dot_size": lambda left, right: (16, 16, 32 if left.scalar.primitive_bitwidth == 8 else 16)}
 
     def get_module_map(self) -> dict[str, ModuleType]:
-        # CUDA's names: what the forks map to their own
+        # CUDA's names, as in MetaX's own Triton: a fork, and our converter, give each its own form
         from triton.language.extra.cuda import libdevice
 
         return {"triton.language.extra.libdevice": libdevice}
@@ -102,7 +103,7 @@ class TtirBackend(BaseBackend):
     def hash(self) -> str:
         return f"{NAME}-{triton.__version__}-{self.target.arch}"
 
-    def add_stages(self, stages: dict[str, Callable], options: TtirOptions, language: Language = Language.TRITON) -> None:
+    def add_stages(self, stages: dict[str, Callable], options: Any, language: Language = Language.TRITON) -> None:
         if language != Language.TRITON:
             raise ToolchainError(f"this stage takes Triton, not {language}")
         stages[NAME] = _stage
