@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._library.fake_class_registry import FakeScriptObject
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -88,7 +89,8 @@ class _Recorder(TorchDispatchMode):
         if func is aten._local_scalar_dense.default:
             return func(*args, **kwargs)  # a Python number: used below as what it is
         args, kwargs = _mapped((args, kwargs), lambda v: _plain_number(self._to_fake(v)))
-        result = func(*args, **kwargs)
+        with enable_python_dispatcher():  # shape functions in Python call views with symbolic sizes, which C++ kernels refuse
+            result = func(*args, **kwargs)
         self._record(func, args, kwargs, result)
         return result
 

@@ -191,6 +191,10 @@ def test_number_arguments_of_a_dynamic_graph(number: float) -> None:
 
 # -- everything else: name to (function, arguments) ----------------------------------------------------------------------
 CASES: dict[str, Case] = {
+    "products with a bias": (
+        lambda b, x, y: (torch.addmm(b[0], x[0, 0], y[0, 0]), b.repeat(2, 1, 1).baddbmm(x.flatten(0, 1), y.flatten(0, 1), alpha=2)),
+        (rand(3, 1, 5), rand(3, 2, 3, 4), rand(3, 2, 4, 5)),
+    ),
     "activations": (
         lambda x: (
             F.gelu(x),
@@ -555,6 +559,7 @@ def test_equals_eager(name: str) -> None:
 
 
 DYNAMIC = (
+    "products with a bias",
     "reductions", "views", "moves", "cat, stack, pad", "index and gather", "creation", "no elements", "one element", "transposed", "cond",
     "in place through views", "in place on a temporary", "overlapping operands, written", "sizes from data", "cache", "numbers out",
     "operands returned",
