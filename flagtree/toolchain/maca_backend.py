@@ -6,8 +6,6 @@ a vendor's own `maca` stands.  `triton.compile(source, target=GPUTarget("maca", 
 
 from __future__ import annotations
 
-import functools
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +18,7 @@ from triton.compiler import make_backend
 
 from flagtree.errors import ToolchainError
 from flagtree.toolchain.maca_ir import LANES, convert
-from flagtree.toolchain.ttir_backend import CompileOnly, TtirBackend, check_release, manager_of, portable_ttir
+from flagtree.toolchain.ttir_backend import CompileOnly, TtirBackend, TtirOptions, check_release, manager_of, portable_ttir
 
 NAME = "maca"
 PROCESSORS = {80: "xcore1000", 86: "xcore1500", 89: "xcore1600"}  # capability -> mxcc --offload-arch
@@ -42,27 +40,14 @@ def register() -> None:
 
 
 @dataclass(frozen=True)
-class MacaOptions:
+class MacaOptions(TtirOptions):
     """Triton's options of one compilation.  Raises ToolchainError for what the hardware does not have."""
 
-    num_warps: int = 4
-    num_ctas: int = 1
-    num_stages: int = 2
     warp_size: int = LANES
     maxnreg: int | None = None
-    enable_fp_fusion: bool = False
-    supported_fp8_dtypes: tuple[str, ...] = ("fp8e5", "fp8e4nv")
-    deprecated_fp8_dot_operand_dtypes: tuple[str, ...] = ()
-    default_dot_input_precision: str = "ieee"
-    allowed_dot_input_precisions: tuple[str, ...] = ("ieee",)
     launch_cooperative_grid: bool = False
-    max_num_imprecise_acc_default: int = 0
-    extern_libs: object = None
-    debug: bool = False
     backend_name: str = NAME
-    sanitize_overflow: bool = False
     arch: int = 80
-    instrumentation_mode: str = ""
     matrix_cores: bool = True  # False: tl.dot by fused multiply-adds
     ttir_of: tuple[str, object, int] | None = None  # GPUTarget whose own passes make the TTIR: to run what another target ships
 
@@ -75,37 +60,25 @@ class MacaOptions:
             )
         if self.num_ctas != 1:
             raise ToolchainError(f"num_ctas={self.num_ctas} does not fit MACA", why="the hardware has no thread block clusters")
-        object.__setattr__(self, "extern_libs", ())
-
-    def hash(self) -> str:
-        return hashlib.sha256("_".join(f"{k}-{v}" for k, v in sorted(self.__dict__.items())).encode()).hexdigest()
 
 
 class MacaBackend(TtirBackend):
     """Stages `ttir`, `ttgir`, `llir`; the result of `llir` is the text of a MACA module."""
 
     binary_ext = "llir"
+    options = MacaOptions
 
     def __init__(self, target: GPUTarget) -> None:
         super().__init__(target)
         if target.arch not in PROCESSORS or target.warp_size != LANES:
             raise ToolchainError(f"unknown MACA target {target}", why=f"capabilities: {sorted(PROCESSORS)}, warps of {LANES}")
-        self.binary_ext = "llir"
 
     @staticmethod
     def supports_target(target: GPUTarget) -> bool:
         return target.backend == NAME
 
-    def parse_options(self, opts: dict[str, Any]) -> MacaOptions:
-        fields = MacaOptions.__dataclass_fields__
-        return MacaOptions(**{"arch": self.target.arch, **{k: v for k, v in opts.items() if k in fields and v is not None and k != "arch"}})
-
     def load_dialects(self, ctx: Any) -> None:
         amd.load_dialects(ctx)
-
-    @functools.lru_cache  # noqa: B019 - Triton asks once per backend, and keeps few
-    def hash(self) -> str:
-        return f"{NAME}-{triton.__version__}-{self.target.arch}"
 
     def add_stages(self, stages: dict[str, Callable], options: MacaOptions, language: Language = Language.TRITON) -> None:
         if language != Language.TRITON:

@@ -59,7 +59,7 @@ class TtirOptions:
     debug: bool = False
     backend_name: str = NAME
     sanitize_overflow: bool = False
-    arch: str = ""
+    arch: str | int = ""
     instrumentation_mode: str = ""
 
     def hash(self) -> str:
@@ -67,21 +67,18 @@ class TtirOptions:
 
 
 class TtirBackend(BaseBackend):
-    """One stage, `ttir`."""
+    """One stage, `ttir`.  A chip's backend names its own file ending and options."""
 
     binary_ext = NAME
-
-    def __init__(self, target: GPUTarget) -> None:
-        super().__init__(target)
-        self.binary_ext = NAME
+    options: type[TtirOptions] = TtirOptions
 
     @staticmethod
     def supports_target(target: GPUTarget) -> bool:
         return target.backend == NAME
 
     def parse_options(self, opts: dict[str, Any]) -> Any:
-        known = {k: v for k, v in opts.items() if k in TtirOptions.__dataclass_fields__ and v is not None}
-        return TtirOptions(**{**known, "arch": self.target.arch, "warp_size": self.target.warp_size})
+        known = {k: v for k, v in opts.items() if k in self.options.__dataclass_fields__ and v is not None}
+        return self.options(**{**known, "arch": self.target.arch, "warp_size": self.target.warp_size})
 
     def pack_metadata(self, metadata: Any) -> tuple[int, int, int]:
         return metadata.num_warps, metadata.num_ctas, metadata.shared
@@ -101,7 +98,7 @@ class TtirBackend(BaseBackend):
 
     @functools.lru_cache  # noqa: B019 - Triton asks once per backend, and keeps few
     def hash(self) -> str:
-        return f"{NAME}-{triton.__version__}-{self.target.arch}"
+        return f"{self.target.backend}-{triton.__version__}-{self.target.arch}"
 
     def add_stages(self, stages: dict[str, Callable], options: Any, language: Language = Language.TRITON) -> None:
         if language != Language.TRITON:

@@ -118,7 +118,7 @@ def product_int(a, b, c, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
     acc = tl.zeros((M, N), tl.int32)
     for k in range(0, K, 32):
         kk = k + tl.arange(0, 32)
-        acc = tl.dot(tl.load(a + m * K + kk[None, :]), tl.load(b + kk[:, None] * N + n), acc)
+        acc = tl.dot(tl.load(a + m * K + kk[None, :]), tl.load(b + kk[:, None] * N + n), acc, out_dtype=tl.int32)
     tl.store(c + m * N + n, acc)
 
 
