@@ -1,7 +1,8 @@
 """What a compile costs: CPU seconds of `flagtree compile` per target, cold and warm, and by depth of the model.
 
 Each line is one run in processes of its own with an empty home and store; CPU seconds are the command's and its children's.
-usage: python benchmarks/compile_cost.py main_job | depth  (a table in Markdown on stdout; the results lie in benchmarks/results/)
+usage: python benchmarks/compile_cost.py main_job | depth | for_vllm  (a table in Markdown on stdout; the results lie in
+benchmarks/results/; for_vllm needs the extra `vllm`)
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from measure import ROOT, conditions, rows
 
 TARGETS = ("cpu", "metax", "cuda:sm90", "cuda:sm80", "rocm:gfx942")
 DEPTHS = (4, 36, 144)
+SERVED = (
+    ("qwen3", 4), ("qwen3", 36), ("qwen3", 144), ("qwen3", 36, "1,2"), ("minimax-m2", 4), ("minimax-m2", 62), ("step3", 8), ("step3", 61),
+)  # fmt: skip  # model, layers, degrees of tensor parallelism
 
 
 @dataclass(frozen=True)
@@ -34,12 +38,12 @@ class Run:
 
 
 def compile_in(home: Path, *arguments: str) -> Run:
-    """`flagtree compile qwen3 ARGUMENTS --json` with its home and store below `home`."""
+    """`flagtree compile ARGUMENTS --json` with its home and store below `home`."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("FLAGTREE_", "TRITON_"))}
     environment = {**clean, "HOME": str(home), "FLAGTREE_CACHE_DIR": str(home / "store"), "PYTHONPATH": str(ROOT)}
     with tempfile.TemporaryFile() as out:
         started = time.perf_counter()
-        command = [sys.executable, "-m", "flagtree", "compile", "qwen3", *arguments, "--json"]
+        command = [sys.executable, "-m", "flagtree", "compile", *arguments, "--json"]
         running = subprocess.Popen(command, env=environment, cwd=home, stdout=out, stderr=subprocess.DEVNULL)
         _, status, used = os.wait4(running.pid, 0)
         running.returncode = os.waitstatus_to_exitcode(status)
@@ -56,7 +60,7 @@ def main_job() -> str:
     lines = []
     for target in TARGETS:
         with tempfile.TemporaryDirectory() as home:
-            cold, warm = (compile_in(Path(home), "--target", target) for _ in range(2))
+            cold, warm = (compile_in(Path(home), "qwen3", "--target", target) for _ in range(2))
         parts = {part["name"]: part for part in cold.bundle["parts"]}
         assert not cold.bundle["cached"]
         assert warm.bundle["cached"]
@@ -80,7 +84,7 @@ def depth() -> str:
     lines = []
     for layers in DEPTHS:
         with tempfile.TemporaryDirectory() as home:
-            cold = compile_in(Path(home), "--target", "cpu", "--layers", str(layers))
+            cold = compile_in(Path(home), "qwen3", "--target", "cpu", "--layers", str(layers))
             size = sum(p.stat().st_size for p in Path(cold.bundle["path"]).glob("launch/*.json"))
         calls = " and ".join(str(part["launches_total"] + part["totals"]["calls_extern"]) for part in cold.bundle["parts"])
         lines.append([layers, f"{cold.cpu:.1f}", f"{cold.memory:.0f}", cold.bundle["kernels"], calls, f"{size / 1e3:.0f}"])
@@ -88,12 +92,31 @@ def depth() -> str:
     return rows(header, lines)
 
 
+def for_vllm() -> str:
+    """Capture from vLLM's own model class at true widths, and build: cold, then warm from a new process."""
+    lines = []
+    for name, layers, *degrees in SERVED:
+        with tempfile.TemporaryDirectory() as home:
+            asked = (name, "--for", "vllm", "--layers", str(layers), *(("--tp", *degrees) if degrees else ()))
+            cold, warm = (compile_in(Path(home), *asked) for _ in range(2))
+        assert not cold.bundle["cached"]
+        kernels, parts = cold.bundle["kernels"], cold.bundle["parts"]
+        calls = " and ".join(str(part["launches_total"] + part["totals"]["calls_extern"]) for part in parts)
+        lines.append([
+            name, layers, *(degrees or "1"), f"{cold.cpu:.1f}", f"{cold.wall:.1f}", f"{cold.memory:.0f}", f"{warm.cpu:.1f}", kernels, calls
+        ])  # fmt: skip
+    header = ("model", "layers", "tensor parallel", "cold, CPU s", "cold, wall s", "memory of the largest process, MB", "warm, CPU s",
+              "distinct kernels", "launches of a graph")  # fmt: skip
+    return rows(header, lines)
+
+
 TABLES = {"main_job": ("The main job: `flagtree compile qwen3 --target T`, Qwen3-8B at full size", main_job),
-          "depth": ("Compile cost by depth: `flagtree compile qwen3 --target cpu --layers N`", depth)}  # fmt: skip
+          "depth": ("Compile cost by depth: `flagtree compile qwen3 --target cpu --layers N`", depth),
+          "for_vllm": ("The graphs that vLLM asks for, ahead: `flagtree compile MODEL --for vllm --layers N`", for_vllm)}  # fmt: skip
 
 
 def main(names: Sequence[str]) -> None:
-    for name in names or sorted(TABLES):
+    for name in names or ("depth", "main_job"):
         title, table = TABLES[name]
         facts = conditions()
         print(f"# {title}\n\n{facts}\n\n{table()}\n\nMade by `python benchmarks/compile_cost.py {name}`.")

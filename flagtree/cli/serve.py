@@ -1,6 +1,7 @@
 """`flagtree serve`: vLLM's own server from a bundle, or a first start that writes down the graphs of which one is made.
 
 Puts vLLM's arguments together and becomes vLLM's process; nothing of vLLM is changed, and what follows the options is its own.
+What can be known to go wrong is said first, in one line: vLLM needs half a minute to get there, and says it in three processes.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ import importlib.util
 import json
 import os
 import shlex
+import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +28,7 @@ EXAMPLES = """
 `flagtree serve MODEL --bundle bundles/graphs-cpu --show` prints the command of vLLM instead.
 """
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
+PORT = 8000  # vLLM's own
 OURS = ("-cc", "--compilation-config", "--compilation_config", "--additional-config", "--additional_config", "--worker-extension-cls", "-O")
 
 
@@ -38,18 +42,16 @@ def run(
     show: Annotated[bool, typer.Option("--show", help="Print the command and leave.")] = False,
 ) -> None:
     """Start vLLM's server with a bundle."""
-    from flagtree.errors import FlagtreeError
-
     settings, backend = _chosen(bundle, record, strict, trust)
     _check_rest(model, context.args)
+    if not show:
+        _check_start(model, bundle, trust, context.args)
     command = [sys.executable, "-m", "flagtree.serve.launch", "serve", model, "-cc.mode=2", f"-cc.backend={backend}"]
     command += ['-cc.custom_ops=["none"]', "--additional-config", json.dumps({"flagtree": settings})]
     command += ["--worker-extension-cls", "flagtree.serve.worker.Report", *context.args]
     if show:
         typer.echo(shlex.join(command))
         return
-    if importlib.util.find_spec("vllm") is None:
-        raise FlagtreeError("vLLM is not installed", hint="pip install 'flagtree-toolkit[vllm]', or --show for its command")
     typer.echo(shlex.join(command), err=True)
     sys.stderr.flush()
     os.execv(command[0], command)
@@ -83,3 +85,61 @@ def _check_rest(model: str, rest: list[str]) -> None:
     for argument in rest:
         if argument.split("=")[0].split(".")[0] in OURS:
             raise FlagtreeError("flagtree sets this itself", where=argument, hint="--show prints the command; change that and run it")
+
+
+# -- what vLLM would find out later ------------------------------------------------------------------------------------------
+def _check_start(model: str, bundle: Path | None, trust: str | None, rest: Sequence[str]) -> None:
+    """The bundle runs here and is of this model, the model is there, and nobody listens on the port.  FlagtreeError."""
+    from flagtree.errors import FlagtreeError
+    from flagtree.serve.agreement import check_agreement
+    from flagtree.serve.opened import open_for_serving
+
+    architecture = _architecture(model)
+    if bundle is not None:
+        check_agreement(open_for_serving(bundle, trust), {"model": architecture})
+    _check_port(rest)
+    if importlib.util.find_spec("vllm") is None:
+        raise FlagtreeError("vLLM is not installed", hint="pip install 'flagtree-toolkit[vllm]', or --show for its command")
+
+
+def _architecture(model: str) -> str:
+    """The model class that a local folder names; "" for a name, which vLLM looks up itself.  FlagtreeError for a folder without one."""
+    from flagtree.errors import FlagtreeError
+
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        if model.startswith((".", "~", "/")):
+            raise FlagtreeError("there is no such model", where=model, hint="a folder with config.json and weights, or a name")
+        return ""
+    try:
+        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return str((described.get("architectures") or [""])[0])
+    except (OSError, ValueError, AttributeError) as error:
+        raise FlagtreeError("the folder holds no model", where=str(folder), why=f"config.json: {error}") from None
+
+
+def _check_port(rest: Sequence[str]) -> None:
+    """FlagtreeError when vLLM could not listen where `rest`, its arguments, says."""
+    from flagtree.errors import FlagtreeError
+
+    if _value(rest, "--uds"):
+        return
+    host, port = _value(rest, "--host") or "", _value(rest, "--port") or str(PORT)
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family, socket.SOCK_STREAM) as listening:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind((host, int(port)))
+    except (OSError, ValueError, OverflowError) as error:
+        raise FlagtreeError(f"the server cannot listen on port {port}", where=host, why=str(error), hint="another one: --port N") from None
+
+
+def _value(rest: Sequence[str], name: str) -> str:
+    """The last value that vLLM's arguments give an option, "" for none."""
+    found = ""
+    for argument, following in zip(rest, [*rest[1:], ""]):
+        if argument == name:
+            found = following
+        elif argument.startswith(f"{name}="):
+            found = argument.partition("=")[2]
+    return found

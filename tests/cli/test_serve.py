@@ -2,10 +2,12 @@
 
 import json
 import shlex
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from flagtree.artifact.bundle import open_bundle, write_bundle
 from flagtree.artifact.trust import record_built
@@ -15,8 +17,11 @@ from tests.cli.conftest import Flagtree
 @pytest.fixture
 def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FLAGTREE_CACHE_DIR", str(tmp_path / "store"))
+    versions = {"torch": torch.__version__}
     launch = {"format": 1, "name": "graph", "symbols": [], "outputs": [], "buffers": [], "steps": []}
-    write_bundle(tmp_path / "graphs", name="graphs", target="cpu", parts={"graph": launch}, kernels=[], versions={}, coverage={"graph": {}})
+    write_bundle(
+        tmp_path / "graphs", name="graphs", target="cpu", parts={"graph": launch}, kernels=[], versions=versions, coverage={"graph": {}}
+    )
     return tmp_path / "graphs"
 
 
@@ -63,3 +68,35 @@ def test_a_mistake_is_explained(flagtree: Flagtree, arguments: Sequence[str], sa
     assert ended.code == 2
     assert said in ended.err
     assert ended.out == ""
+
+
+@pytest.mark.parametrize("option", ["--port {}", "--port={}", "--port 1 --host 127.0.0.1 --port {}"])
+def test_a_port_in_use_is_said_before_vllm_starts(flagtree: Flagtree, tmp_path: Path, option: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        ended = flagtree("serve", "model", "--record", str(tmp_path / "r"), *option.format(port).split())
+    assert ended.code == 2
+    assert f"the server cannot listen on port {port}" in ended.err
+    assert "Address already in use" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (None, "there is no such model"),
+        ("", "the folder holds no model"),
+        ('{"architectures": ["Qwen3ForCausalLM"]}', "the bundle has no graph of a server"),
+    ],
+)
+def test_a_wrong_model_or_bundle_is_said_before_vllm_starts(
+    flagtree: Flagtree, bundle: Path, tmp_path: Path, config: str | None, said: str
+) -> None:
+    model = tmp_path / "model"
+    if config is not None:
+        model.mkdir()
+        (model / "config.json").write_text(config)
+    ended = flagtree("serve", str(model), "--bundle", str(bundle), "--trust", open_bundle(bundle).digest)
+    assert (ended.code, ended.out) == (2, "")
+    assert said in ended.err
