@@ -149,6 +149,8 @@ def environment(state: Path, cache: Path) -> dict[str, str]:
 
 def run(state: Path, name: str, arguments: Mapping[str, Any], cache: Path) -> dict[str, Any]:
     """One start; CalledProcessError when it fails."""
+    from flagtree.cli.serve import ENVIRONMENT
+
     log = state / "cxx.log"
     before = len(log.read_text().splitlines()) if log.exists() else 0
     job, out = state / "job.json", state / "run.json"
@@ -156,7 +158,8 @@ def run(state: Path, name: str, arguments: Mapping[str, Any], cache: Path) -> di
     load = os.getloadavg()[0]
     with (state / f"{name.replace(' ', '_')}.log").open("w") as told:
         command = [sys.executable, __file__, "--child", str(job), str(out)]
-        subprocess.run(command, env=environment(state, cache), stdout=told, stderr=told, check=True)
+        started = environment(state, cache) | (ENVIRONMENT if "flagtree" in name else {})  # as `flagtree serve` starts it
+        subprocess.run(command, env=started, stdout=told, stderr=told, check=True)
     after = len(log.read_text().splitlines()) if log.exists() else 0
     return {"start": name, "compilers": after - before, "load": load, **json.loads(out.read_text())}
 

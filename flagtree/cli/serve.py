@@ -29,6 +29,8 @@ EXAMPLES = """
 """
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 PORT = 8000  # vLLM's own
+# else vLLM's key of a traced graph holds the hash of all sources of torch and Triton, for Inductor's sake: half a CPU second a start
+ENVIRONMENT = {"VLLM_USE_MEGA_AOT_ARTIFACT": "0"}
 OURS = ("-cc", "--compilation-config", "--compilation_config", "--additional-config", "--additional_config", "--worker-extension-cls", "-O")
 
 
@@ -42,19 +44,20 @@ def run(
     show: Annotated[bool, typer.Option("--show", help="Print the command and leave.")] = False,
 ) -> None:
     """Start vLLM's server with a bundle."""
-    settings, backend = _chosen(bundle, record, strict, trust)
+    from flagtree.settings import settings
+
+    ours, backend = _chosen(bundle, record, strict, trust)
     _check_rest(model, context.args)
     if not show:
         _check_start(model, bundle, trust, context.args)
     command = [sys.executable, "-m", "flagtree.serve.launch", "serve", model, "-cc.mode=2", f"-cc.backend={backend}"]
-    command += ['-cc.custom_ops=["none"]', "--additional-config", json.dumps({"flagtree": settings})]
+    command += ['-cc.custom_ops=["none"]', "--additional-config", json.dumps({"flagtree": ours})]
     command += ["--worker-extension-cls", "flagtree.serve.worker.Report", *context.args]
+    typer.echo(shlex.join([*(f"{k}={v}" for k, v in ENVIRONMENT.items()), *command]), err=not show)
     if show:
-        typer.echo(shlex.join(command))
         return
-    typer.echo(shlex.join(command), err=True)
     sys.stderr.flush()
-    os.execv(command[0], command)
+    os.execve(command[0], command, settings.child_environment(**ENVIRONMENT))
 
 
 def _chosen(bundle: Path | None, record: Path | None, strict: str, trust: str | None) -> tuple[dict[str, str], str]:

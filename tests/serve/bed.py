@@ -1,7 +1,8 @@
 """A checkpoint with folders of its own, in which the real engine starts; compilers are counted there, and can be put out of reach.
 
 What a process of the engine wrote is kept by name.  With ENGINE_BEDS=FOLDER it is kept for the next run of the tests as well, as long as
-neither flagtree nor this folder changed: a long campaign goes on where it stopped.
+neither flagtree nor this folder changed: a long campaign goes on where it stopped.  ENGINE_VISION=FOLDER holds torchvision for models
+that see; nothing else may find it, since the public wheel does not import where nobody defines its operators.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ COMPILERS = re.compile(r"([\w.]+-)*(g\+\+|gcc|cc|c\+\+|clang|clang\+\+|c89|c99|c
 QUIET = {"QUIET": "1"}  # environment of runs that count no compiler: tests/serve/supplied.py
 PLAIN = {"enforce_eager": True, "compilation_config": {"custom_ops": ["none"]}}
 MODE = {"mode": 2, "custom_ops": ["none"]}
+VISION = os.environ.get("ENGINE_VISION", "")
 
 
 @dataclass
@@ -63,6 +65,8 @@ class Bed:
             "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CACHE_ROOT": str(self.folder / "vllm"),
             "PATH": str(self.programs), "CXX": str(self.programs / "g++"), **env,
         }  # fmt: skip
+        if architecture.image and VISION:
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), VISION)))
         command = [sys.executable, "-m", "tests.serve.engine", str(job), str(self._written(name))]
         return subprocess.run(command, cwd=self.repository, env=environment, capture_output=True, text=True, check=False, timeout=3000)
 

@@ -16,7 +16,7 @@ import torch
 from flagtree.serve import opened
 from flagtree.serve.counts import COUNTS, Counts
 from tests.serve.architectures import ARCHITECTURES
-from tests.serve.bed import Bed, make_bed
+from tests.serve.bed import VISION, Bed, make_bed
 
 Current = Callable[..., Any]
 
@@ -70,7 +70,7 @@ def beds(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Callable
     made: dict[tuple[str, str], Bed] = {}
 
     def bed(kind: str, name: str = "plain", **arguments: Any) -> Bed:
-        if ARCHITECTURES[kind].image and find_spec("torchvision") is None:
+        if ARCHITECTURES[kind].image and not VISION and find_spec("torchvision") is None:
             pytest.skip("models that see need torchvision (docs/serving.md)")
         if (kind, name) not in made:
             made[kind, name] = make_bed(kind, home / f"{kind}-{name}", repository, **arguments)
