@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from flagtree.check.experts_eager import activation_of, product_recipe
 from flagtree.check.recipe import FORMAT, NoEager, no_eager
 from flagtree.codegen import launch
-from flagtree.ir import attention
+from flagtree.ir import attention, experts
 from flagtree.ir.canonical import Isolated
 from flagtree.ir.evaluate import IR_NAMES
 from flagtree.ir.gemm import PRODUCT, is_product
@@ -43,6 +44,8 @@ def eager_of(graph: fx.Graph, program: Program, kernel: Kernel, isolated: Isolat
     """`recipe_of` over the isolated kernel's names b0… and n0…"""
     if is_product(isolated.program):  # a template: its kernel has the names of the isolated form only
         return _call_recipe(isolated.program, PRODUCT, tuple({"buffer": b.name} for b in isolated.program.buffers[:-1]))
+    if (known := experts.known(isolated.program, isolated.kernel)) is not None:
+        return product_recipe(isolated.program, known, activation_of(graph, kernel))
     if (form := attention.form_of(isolated.program)) is not None:
         return _call_recipe(isolated.program, *_attention_call(isolated.program, form))
     buffers = {name: f"b{i}" for i, name in enumerate(isolated.buffers)}

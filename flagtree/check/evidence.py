@@ -10,9 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from torch import fx
+
 from flagtree.artifact.store import Store
 from flagtree.check.certify import Subject, certify
 from flagtree.check.eager import eager_of
+from flagtree.check.experts_eager import in_pieces
 from flagtree.check.recipe import NoEager
 from flagtree.check.stored import Description, kernel_files, subject_of
 from flagtree.errors import FlagtreeError
@@ -45,11 +48,12 @@ def gather(
     """Evidence for every kernel of `built` (by digest).  Raises WrongKernel."""
     described: dict[str, Description] = {}
     for part in generated.values():
+        graph = in_pieces(part.part.graph)
         # the folded program has lost which layer a buffer stood for; the captured depth has a node for each
         program, _ = run_pipeline(part.part.lowered.program, pipeline(target), target, check=False)
         for kernel, alone in isolate_all(program):
             if (key := digest(alone.program)) not in described:
-                described[key] = _described(part, program, kernel, alone)
+                described[key] = _described(graph, part, program, kernel, alone)
         for kernel, alone, key in part.originals():
             described.setdefault(key, Description(kernel, alone, None, "the kernel is not one of the captured depth"))
     return gather_described(described, built, target, jobs, progress, store)
@@ -65,9 +69,9 @@ def gather_described(
     return Gathered(evidence.to_dict(), evidence.executed, {key: kernel_files(described[key]) for key in built})
 
 
-def _described(part: GeneratedPart, program: Program, kernel: Kernel, alone: Isolated) -> Description:
+def _described(graph: fx.Graph, part: GeneratedPart, program: Program, kernel: Kernel, alone: Isolated) -> Description:
     try:
-        return Description(kernel, alone, eager_of(part.part.graph, program, kernel, alone, part.part.lowered.symbols))
+        return Description(kernel, alone, eager_of(graph, program, kernel, alone, part.part.lowered.symbols))
     except NoEager as error:
         return Description(kernel, alone, None, error.why)
 

@@ -6,7 +6,6 @@ Called by check/certify.py for each run of each kernel.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -16,15 +15,16 @@ from flagtree.check.enclosure import Enclosed, enclose
 from flagtree.check.execute import Differs, Executor, Unexecuted
 from flagtree.check.gate import Judged, judge
 from flagtree.check.inputs import Operand, make_operands
-from flagtree.check.points import all_points, count, some_points
+from flagtree.check.points import all_points, count, reduced, some_points
 from flagtree.check.recipe import NoEager
 from flagtree.check.regimes import ORDINARY
-from flagtree.check.sparse import Sampled, Strays
+from flagtree.check.sparse import Sampled, Strays, elements
 from flagtree.check.stated import Stated, stated_gpu, stated_native
 from flagtree.check.upper import run_blocks
 from flagtree.check.upper_eager import Eager
 from flagtree.check.upper_native import TooLarge, run_native
 from flagtree.errors import IRError, KernelFault
+from flagtree.ir import experts
 from flagtree.ir.canonical import Isolated
 from flagtree.ir.sample import Stored, stores_at
 from flagtree.ir.walk import flat, run_kernel
@@ -32,6 +32,7 @@ from flagtree.toolchain.base import BuiltKernel
 
 Tensor = torch.Tensor
 LARGEST = 1 << 22  # points times reduced elements that are computed in a run on whole tensors
+WHOLE, BLOCKS = 1 << 25, 2  # elements of all experts' weights up to which they are filled; blocks that are executed where they are not
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +73,18 @@ class Examination:
             stated_native(self.kernel.numerics.fp_contract) if native else stated_gpu(self.kernel, int(built.launch["threads"]))  # type: ignore[call-overload]
         )
         self.accumulates = any(s.mode != "set" for s in self.kernel.stores)
+        known = experts.known(self.program, self.kernel)
+        self.vast = known is not None and not native and elements(self.program.buffer(known.names.w), {}) > WHOLE
 
     def run(self, run: Run, seed: int) -> None:
         """Execute and judge one run; its record and its faults are added to `found`.  Raises ToolchainError when a tool fails."""
+        sparse = bool(run.upper) or self.vast
+        if self.vast and run.shift:
+            return  # chosen blocks are executed at both kinds of addresses in one run
         record: dict[str, object] = {"inputs": self._inputs(run, seed)}
         faults: list[str] = []
         try:
-            record["outputs"] = self._upper(run, seed, record, faults) if run.upper else self._small(run, seed, faults)
+            record["outputs"] = self._chosen(run, seed, record, faults) if sparse else self._small(run, seed, faults)
         except (Differs, Strays, KernelFault) as error:  # a tool that fails is no fault of the kernel
             at = f" ({error.where})" if error.where else ""
             faults.append(f"{error.what}{': ' if error.why else ''}{error.why}{at}")
@@ -96,8 +102,7 @@ class Examination:
     def _small(self, run: Run, seed: int, faults: list[str]) -> dict[str, object]:
         operands = make_operands(self.program, run.symbols, seed, run.kind, run.shift)
         tensors = {name: o.tensor for name, o in operands.items()}
-        inner = math.prod(a.extent.evaluate(run.symbols) for a in self.kernel.axes if a.kind == "reduce")
-        wanted = max(64, LARGEST // max(1, inner))  # a matrix product has more: first, last and random points of it
+        wanted = max(64, LARGEST // reduced(self.kernel, run.symbols))  # a matrix product has more: first, last and random points of it
         complete = self.accumulates or count(self.kernel, run.symbols) <= wanted
         points = all_points(self.kernel, run.symbols) if complete else some_points(self.kernel, run.symbols, wanted, seed)
         try:
@@ -189,8 +194,8 @@ class Examination:
                 what = "besides what it stores" if name in own else "which is an input"
                 faults.append(f"it wrote {changed} bytes of the memory of buffer {self.actual(name)}, {what}")
 
-    # -- the upper end -----------------------------------------------------------------------------------------------
-    def _upper(self, run: Run, seed: int, record: dict[str, object], faults: list[str]) -> dict[str, object]:
+    # -- chosen blocks or points -------------------------------------------------------------------------------------
+    def _chosen(self, run: Run, seed: int, record: dict[str, object], faults: list[str]) -> dict[str, object]:
         if self.accumulates:
             raise TooLarge("not run", why="its stores add up, so every point of the domain must be computed")
         if self.kernel.numerics.rounding != "eager":
@@ -199,21 +204,24 @@ class Examination:
         if self.executor.levels(self.built):
             found = run_native(self.program, self.built, self.executor, run.symbols, seed, self.stated, self.eager)
         else:
-            found = run_blocks(self.program, self.built, run.symbols, seed, run.blocks, stated=self.stated, eager=self.eager)
+            blocks = run.blocks or BLOCKS
+            found = run_blocks(self.program, self.built, run.symbols, seed, blocks, stated=self.stated, eager=self.eager, kind=run.kind)
         record["inputs"] = self._inputs(run, seed) | {"computed": found.what, "ways": list(found.ways)}
         out: dict[str, object] = {}
         for name, ours in found.ours.items():
-            judged = judge(self.program.buffer(name).dtype, ours, found.own[name], found.truth[name], None, found.enclosed.get(name))
+            judged = judge(self.program.buffer(name).dtype, ours, found.own[name], found.truth[name], None, found.enclosed.get(name),
+                           run.kind in ORDINARY)  # fmt: skip
             recorded = self._recorded(name, judged, "" if found.enclosed else "no bound is stated", faults)
-            out[name] = recorded | self._beside(name, found, faults)
+            out[name] = recorded | self._beside(name, found, run.kind in ORDINARY, faults)
         return out
 
-    def _beside(self, name: str, found: Sampled, faults: list[str]) -> dict[str, object]:
+    def _beside(self, name: str, found: Sampled, ordinary: bool, faults: list[str]) -> dict[str, object]:
         """What the rows that eager computed say; or why it computed none."""
         if found.beside.why:
             return {"eager": f"not compared: {found.beside.why if self.eager is not None else self.found.uncompared}"}
         at, theirs = found.beside.places[name], found.beside.values[name]
-        judged = judge(self.program.buffer(name).dtype, found.ours[name][at], found.own[name][at], found.truth[name][at], theirs, None)
+        judged = judge(self.program.buffer(name).dtype, found.ours[name][at], found.own[name][at], found.truth[name][at], theirs, None,
+                       ordinary)  # fmt: skip
         faults += [f"stored buffer {self.actual(name)}, beside eager: {fault}" for fault in judged.faults]
         kept = ("equal_to_eager", "rms_eager", "rms_to_eager")
         return {"elements_with_eager": len(at)} | {key: judged.record[key] for key in kept if key in judged.record}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from flagtree.check import attention_inputs
+from flagtree.check.domains import WITHIN, Limits, arranged, declared
 from flagtree.check.regimes import floats
 from flagtree.ir.attention import form_of
 from flagtree.ir.bounds import Bounds
@@ -118,27 +119,17 @@ def make_operands(program: Program, symbols: Mapping[str, int], seed: int, kind:
         span = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if all(shape) else 0
         memory = _values(buffer, span + 2 * GUARD + shift, generator, kind, limits[buffer.name], range(GUARD + shift, GUARD + shift + span))
         out[buffer.name] = Operand(memory, shape, strides, GUARD + shift)
-        if limits[buffer.name].ascending:  # the tensor alone: sorted with what is around it, it would hold neighbours only
-            out[buffer.name].tensor.copy_(out[buffer.name].tensor.sort().values)
+        if (domain := limits[buffer.name]).kind != WITHIN:
+            count = math.prod(shape)
+            out[buffer.name].tensor.copy_(arranged(domain, torch.arange(count), count, seed).view(shape))
         if buffer.role == "temp":
             out[buffer.name].tensor.fill_(unwritten(memory.dtype))
     return out
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What a buffer's elements may be: integers from `low` to `high` inclusive (0 or more for unsigned ones), `ascending` if they must
-    be; floats `positive`."""
-
-    low: int
-    high: int
-    positive: bool
-    ascending: bool = False
-
-
 def value_limits(program: Program, kernel: Kernel, symbols: Mapping[str, int]) -> dict[str, Limits]:
     """Limits of each buffer's elements, within which every access of the kernel is in bounds and every function real."""
-    ranges = integer_ranges(program, kernel, symbols)
+    ranges = coordinate_ranges(kernel, symbols) | integer_ranges(program, kernel, symbols)
     positive, divisors = _operands_of(kernel, _POSITIVE, 0), _operands_of(kernel, _DIVISIONS, 1)
     out = {}
     for buffer in program.buffers:
@@ -147,9 +138,7 @@ def value_limits(program: Program, kernel: Kernel, symbols: Mapping[str, int]) -
             low = 1
         low = max(0, low) if DTYPES[buffer.dtype].kind == "uint" else low
         out[buffer.name] = Limits(low, max(low, high), buffer.name in positive)
-    if (form := form_of(program)) is not None and (told := attention_inputs.told(program, form, symbols)) is not None:
-        out[told[0]] = Limits(0, told[1], False, told[2])
-    return out
+    return out | declared(program, kernel, symbols)
 
 
 def _values(buffer: Buffer, count: int, generator: torch.Generator, kind: str, limits: Limits, inside: range) -> Tensor:
@@ -205,6 +194,20 @@ def integer_ranges(program: Program, kernel: Kernel, symbols: Mapping[str, int])
                 ranges[buffer] = (low, high)
             elif access.mask is None or buffer not in ranges:
                 ranges[buffer] = (0, 0)
+    return ranges
+
+
+def coordinate_ranges(kernel: Kernel, symbols: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """For each integer buffer whose elements are asked to equal a coordinate of an axis (whose rows are counted, say): that axis."""
+    extents = {a.name: a.extent.evaluate(symbols) for a in kernel.axes}
+    loads = {op.name: op.access.buffer for op in kernel.loads if not DTYPES[op.dtype].is_float}
+    places = {op.name: op.expr.name for op in kernel.body if isinstance(op, IndexValue)}
+    ranges: dict[str, tuple[int, int]] = {}
+    for op in kernel.body:
+        if isinstance(op, Compute) and op.op == "eq":
+            for one, other in (op.args, op.args[::-1]):
+                if one in loads and (axis := places.get(str(other))) in extents:
+                    ranges[loads[str(one)]] = (0, max(0, extents[str(axis)] - 1))
     return ranges
 
 

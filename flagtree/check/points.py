@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import torch
 
-from flagtree.ir.program import Kernel, Program
+from flagtree.ir.program import Compute, IndexValue, Kernel, Load, Program, Reduce, Scan, Store, defined
 
 Tensor = torch.Tensor
 
@@ -51,3 +51,28 @@ def coordinates(kernel: Kernel, symbols: Mapping[str, int], places: Tensor) -> d
         out[axis.name] = places % max(1, extent)
         places = places // max(1, extent)
     return dict(reversed(out.items()))
+
+
+def reduced(kernel: Kernel, symbols: Mapping[str, int]) -> int:
+    """The most elements that one value holds at one point of the parallel axes: of the reduced axes that it depends on together."""
+    extents = {a.name: a.extent.evaluate(symbols) for a in kernel.axes if a.kind == "reduce"}
+    of: dict[str, frozenset[str]] = {name: frozenset((name,)) for name in extents}
+    most = 1
+    for op in kernel.body:
+        read: set[str] = set()
+        match op:
+            case Load() | Store():
+                read = {n for e in op.access.index for n in e.names()} | {op.access.mask or ""}
+                read |= {op.value} if isinstance(op, Store) else set()
+            case Compute():
+                read = {a for a in op.args if isinstance(a, str)}
+            case IndexValue():
+                read = set(op.expr.names())
+            case Reduce():
+                read = {*op.args, *op.axes}
+            case Scan():
+                read = {op.arg, op.axis}
+        axes: frozenset[str] = frozenset().union(*(of[n] for n in read if n in of))
+        most = max(most, math.prod(extents[a] for a in axes))
+        of |= dict.fromkeys(defined(op), axes - set(op.axes) if isinstance(op, Reduce) else axes)
+    return most

@@ -7,8 +7,10 @@ writes recipes from a captured graph; `check/certify.py` runs them.  Only operat
      "views": {"v0": {"storage": "s0", "dtype": "bf16", "shape": [index, …], "strides": [index, …], "offset": index}, …},
      "given": [["b0", "v0"], …],                 contents before the kernel, in order
      "steps": [{"extern": "aten.mul.Tensor", "args": [{"buffer": "v0"}, …], "kwargs": {}, "outputs": ["v3", null]}, …],
-     "results": {"b2": "v3"}}
+     "results": {"b2": "v3"},
+     "sizes": {"experts": index, …}}             optional: sizes by name, for index expressions beside the kernel's symbols
 
+Whoever runs a recipe may give a size another value: a few experts and columns of a product are a product of the same text.
 Operands and index expressions are those of a launch list; an output that is null changes memory in place or is not needed.
 """
 
@@ -57,6 +59,8 @@ class _Evaluation:
 
     def __init__(self, recipe: Mapping[str, Any], tensors: Mapping[str, Tensor], symbols: Mapping[str, int]) -> None:
         self.recipe, self.tensors = recipe, tensors
+        sizes = {name: _index(n, symbols) for name, n in recipe.get("sizes", {}).items() if name not in symbols}
+        symbols = {**symbols, **sizes}
         self.places, self.values = {name: i for i, name in enumerate(symbols)}, list(symbols.values())
         self.geometry: dict[str, Geometry] = {}
         spans: dict[str, int] = {}
@@ -73,7 +77,7 @@ class _Evaluation:
         for buffer, view in self.recipe["given"]:
             _fill(self._view(view), self.tensors[buffer])
         for buffer, view in self.recipe["given"]:
-            if not torch.equal(torch.nan_to_num(self._view(view)), torch.nan_to_num(self.tensors[buffer])):
+            if not _same(self._view(view), self.tensors[buffer]):
                 raise no_eager(f"'{buffer}' is given through views that overlap")
         for step in self.recipe["steps"]:
             self._step(step)
@@ -114,9 +118,20 @@ class _Evaluation:
         _fill(self._view(name), value)
 
 
+def _index(json: object, symbols: Mapping[str, int]) -> int:
+    return evaluate(compile_index(json, {name: i for i, name in enumerate(symbols)}), list(symbols.values()))
+
+
 def _span(geometry: Geometry) -> int:
     shape, strides, offset = geometry
     return offset + (1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if all(shape) else 0)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Equal values, NaN with NaN; equal bytes where the type is one byte, for which torch compares little."""
+    if a.dtype.itemsize == 1:
+        return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    return torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
 
 
 def _fill(place: Tensor, value: Tensor) -> None:

@@ -19,9 +19,11 @@ from flagtree.check.points import kernel_of
 from flagtree.check.positions import Positions
 from flagtree.check.stated import Stated
 from flagtree.check.upper_eager import Beside, Eager, eager_rows
+from flagtree.check.upper_experts import eager_tiles
 from flagtree.errors import FlagtreeError, IRError
+from flagtree.ir import experts
 from flagtree.ir.program import Buffer, Program
-from flagtree.ir.sample import stores_at
+from flagtree.ir.sample import Stored, stores_at
 
 Tensor = torch.Tensor
 NOT_ASKED = Beside(why="no eager computation is known")
@@ -52,9 +54,9 @@ class Expected:
     and what they must store: `own` by the interpreter in the kernel's dtypes, `truth` in float64."""
 
     def __init__(self, program: Program, symbols: Mapping[str, int], flat: Mapping[str, Tensor], points: Mapping[str, Tensor],
-                 seed: int, stated: Stated, eager: Eager | None = None) -> None:  # fmt: skip
+                 seed: int, stated: Stated, eager: Eager | None = None, kind: str = "ordinary") -> None:  # fmt: skip
         kernel = kernel_of(program)
-        self.flat, positions = flat, Positions(program, symbols, seed)
+        self.flat, positions = flat, Positions(program, symbols, seed, kind)
         tensors = {b.name: torch.as_strided(flat[b.name], *_geometry(b, symbols)) for b in program.buffers}
 
         def fill(buffer: str, offsets: Tensor) -> None:
@@ -65,7 +67,7 @@ class Expected:
         self.enclosed: dict[str, Enclosed] = {}
         with contextlib.suppress(IRError):  # a combiner without a stated bound
             self.enclosed = enclose(program, kernel, tensors, symbols, points, stated)
-        self.beside = NOT_ASKED if eager is None else eager_rows(program, kernel, tensors, symbols, points, self.own, eager)
+        self.beside = NOT_ASKED if eager is None else _eager(program, tensors, symbols, points, self.own, eager)
         for name, stored in self.own.items():
             if program.buffer(name).role == "temp":
                 self.flat[name][stored.offsets] = unwritten(self.flat[name].dtype)
@@ -84,6 +86,16 @@ class Expected:
         """The record of what was executed."""
         own, truth = ({name: s.values for name, s in found.items()} for found in (self.own, self.truth))
         return Sampled(what, ways, ours, own, truth, self.enclosed, self.beside)
+
+
+def _eager(
+    program: Program, tensors: Mapping[str, Tensor], symbols: Mapping[str, int], points: Mapping[str, Tensor],
+    own: Mapping[str, Stored], eager: Eager,
+) -> Beside:  # fmt: skip
+    kernel = kernel_of(program)
+    if (known := experts.known(program, kernel)) is not None:
+        return eager_tiles(program, known, tensors, points, eager)
+    return eager_rows(program, kernel, tensors, symbols, points, own, eager)
 
 
 def _geometry(buffer: Buffer, symbols: Mapping[str, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:

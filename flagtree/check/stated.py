@@ -51,12 +51,13 @@ class Stated:
 
         CPU: PARTIALS running sums joined in a tree every ROW_BLOCK elements of a row, or, for a column, a running sum of BLOCK rows;
         whichever is longer; for a matrix product its own running sums, joined once.  GPU: a running sum in each thread, a tree over the
-        tile, a running sum over the tiles.
+        tile, a running sum over the tiles; for a matrix product one running sum, which no order of matrix instructions exceeds.
         """
         count = math.prod(extents.values())
         if self.contracted:
             # one more, because the sum takes each product before its rounding
-            return 1 + -(-count // cpp_gemm.PARTIALS) + math.ceil(math.log2(cpp_gemm.PARTIALS))
+            partials = 1 if self.threads else cpp_gemm.PARTIALS
+            return 1 + -(-count // partials) + math.ceil(math.log2(partials))
         if not self.threads:
             row = -(-min(count, ROW_BLOCK) // min(PARTIALS)) + math.ceil(math.log2(max(PARTIALS))) + -(-count // ROW_BLOCK)
             column = min(count, BLOCK) + -(-count // BLOCK)
@@ -83,4 +84,4 @@ def stated_native(contracted: bool = False) -> Stated:
 def stated_gpu(kernel: Kernel, threads: int) -> Stated:
     """Triton code of a scheduled kernel."""
     assert kernel.schedule is not None
-    return Stated(triton_math.ERRORS, threads, dict(kernel.schedule.tiles))
+    return Stated(triton_math.ERRORS, threads, dict(kernel.schedule.tiles), kernel.numerics.fp_contract)

@@ -13,10 +13,13 @@ import torch
 
 from flagtree.check.execute import fits
 from flagtree.check.points import kernel_of
+from flagtree.check.positions import Positions
 from flagtree.check.sparse import Expected, Sampled, Strays, elements, same_bits
 from flagtree.check.stated import Stated, stated_gpu
 from flagtree.check.upper_eager import Eager
+from flagtree.codegen.triton_experts import Tiles
 from flagtree.codegen.triton_points import Instances
+from flagtree.ir import experts
 from flagtree.ir.evaluate import torch_dtype
 from flagtree.ir.program import Program
 from flagtree.toolchain import emulator
@@ -30,20 +33,21 @@ BLOCKS = 5
 def run_blocks(
     program: Program, built: BuiltKernel, symbols: Mapping[str, int], seed: int, count: int = BLOCKS,
     orders: Sequence[str] = emulator.ORDERS, seconds: float = 120, stated: Stated | None = None, eager: Eager | None = None,
+    kind: str = "ordinary",
 ) -> Sampled:  # fmt: skip
-    """Execute `count` blocks of the isolated kernel `program`, built by `toolchain.maca`, in each variant and each of `orders`; `eager`
-    computes some of their rows.
+    """Execute `count` blocks of the isolated kernel `program`, built by `toolchain.maca`, in each variant and each of `orders`, on floats
+    of a `kind`; `eager` computes some of their rows.
 
     Raises Strays when a block writes what is not its to write or bits differ; ToolchainError as `emulator.execute_in` does; IRError for
     a kernel whose stores accumulate.
     """
     values = list(symbols.values())
     stated = stated or stated_gpu(kernel_of(program), int(built.launch["threads"]))  # type: ignore[call-overload]
-    instances = Instances(program, symbols)
+    instances = _instances(program, symbols, seed)
     grid = tuple(emulator.grid_of(built, values))
     if grid != instances.grid:
         raise Strays("the launch record has another grid than the schedule", why=f"{grid} instead of {instances.grid}")
-    blocks = emulator.sample_blocks(grid, count, seed)
+    blocks = emulator.sample_blocks(instances.busy, count, seed)
     points = [point for block in blocks for point in instances.points(block)]
     columns = {name: torch.tensor([p[name] for p in points]) for name in points[0]}
     variants = [v for v in ("aligned", "generic") if f"{v}.llir" in built.files and fits(built, v, symbols)]
@@ -52,7 +56,7 @@ def run_blocks(
         spans = [(elements(b, symbols), torch_dtype(b.dtype)) for b in program.buffers]
         with SparseMemory(spans, shift=0 if variant == "aligned" else 1) as memory:
             flat = {b.name: memory.tensors[i] for i, b in enumerate(program.buffers)}
-            expected = Expected(program, symbols, flat, columns, seed, stated, eager if first is None else None)
+            expected = Expected(program, symbols, flat, columns, seed, stated, eager if first is None else None, kind)
             run = partial(emulator.execute_in, built, variant, memory, values, blocks, seconds=seconds)
             ours = _in_all_orders(memory, expected, run, orders, variant)
             found = expected.sampled(ours, f"blocks {_listed(blocks)} of {grid}", tuple(variants))
@@ -61,6 +65,15 @@ def run_blocks(
         first = first or found
     assert first is not None
     return first
+
+
+def _instances(program: Program, symbols: Mapping[str, int], seed: int) -> Instances | Tiles:
+    """The points of each block; for products of experts they follow from where the rows of each expert end."""
+    kernel = kernel_of(program)
+    if (known := experts.known(program, kernel)) is None:
+        return Instances(program, symbols)
+    starts = Positions(program, symbols, seed).whole(known.names.starts)
+    return Tiles(program, kernel, known, symbols, starts.tolist())
 
 
 def _in_all_orders(

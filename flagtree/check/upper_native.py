@@ -6,14 +6,13 @@ is left out with its size.  Called by check/examine.py.
 
 from __future__ import annotations
 
-import math
 import mmap
 from collections.abc import Mapping
 
 import torch
 
 from flagtree.check.execute import Differs, Executor
-from flagtree.check.points import count, kernel_of, some_points
+from flagtree.check.points import count, kernel_of, reduced, some_points
 from flagtree.check.sparse import Expected, Sampled, elements, same_bits
 from flagtree.check.stated import Stated
 from flagtree.check.upper_eager import Eager
@@ -41,7 +40,7 @@ def run_native(
     allocated; Differs when levels give different bits or memory around a buffer changes."""
     kernel = kernel_of(program)
     points = count(kernel, symbols)
-    inner = math.prod(a.extent.evaluate(symbols) for a in kernel.axes if a.kind == "reduce")
+    inner = reduced(kernel, symbols)
     stored = points * inner * len(kernel.stores)
     if stored > MOST_STORED:
         why = f"CPU code computes every row, and would store up to {stored:.3g} elements; at most {MOST_STORED:.3g} are computed"

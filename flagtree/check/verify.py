@@ -126,8 +126,10 @@ def _row(subject: Subject, record: Mapping[str, Any]) -> KernelRow:
     every = [out for _, out in outputs]
     gates = list(dict.fromkeys(str(out["gate"]) for out in every if "gate" in out))
     left_out = dict.fromkeys(f"{run['inputs']['upper_end']} at the upper end: {run['not_run']}" for run in runs if "not_run" in run)
-    without = [(run["inputs"]["upper_end"], out["eager"]) for run in done for out in run["outputs"].values() if "eager" in out]
-    alone = dict.fromkeys(f"{end} at the upper end: {why}" for end, why in without)
+    without = [(run["inputs"], out["eager"]) for run in done for out in run["outputs"].values() if "eager" in out]
+    alone = dict.fromkeys(
+        f"{inputs['upper_end']} at the upper end: {why}" if "upper_end" in inputs else f"small sizes: {why}" for inputs, why in without
+    )
     faults: Sequence[str] = record.get("faults", ())
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     return KernelRow(

@@ -6,7 +6,9 @@ Invariant: a tile holds rows of one expert; which one follows from the starts al
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import bisect
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flagtree.codegen.triton_ops import TYPES, Speller, bare
@@ -50,3 +52,32 @@ def grid(program: Program, kernel: Kernel, found: Known) -> tuple[Index, Index, 
     high = rows if bounds.nonnegative(full - rows) else full
     across = -(-(kernel.axes[1].extent.constant or 1) // tiles[COLUMN])
     return high * across, ONE, ONE
+
+
+class Tiles:
+    """Which points of the domain each instance computes, for `starts` of the experts: what the template finds for itself.
+
+    `grid`: its three sizes; `busy`: the instances that have rows come first, and are so many.
+    """
+
+    def __init__(self, program: Program, kernel: Kernel, found: Known, symbols: Mapping[str, int], starts: Sequence[int]) -> None:
+        assert kernel.schedule is not None and kernel.axes[1].extent.constant is not None
+        tiles = dict(kernel.schedule.tiles)
+        self.rows, self.columns, self.inner = tiles[ROW], tiles[COLUMN], kernel.axes[1].extent.constant
+        self.across = -(-self.inner // self.columns)
+        self.starts = list(starts)
+        self.ends = [0, *itertools.accumulate(-(-(b - a) // self.rows) for a, b in itertools.pairwise(starts))]  # tiles before each expert
+        x, y, z = (n.evaluate(symbols) for n in grid(program, kernel, found))
+        self.grid = (x, y, z)
+        self.busy = (self.ends[-1] * self.across, 1, 1)
+
+    def points(self, block: Sequence[int]) -> list[dict[str, int]]:
+        """The points of instance (x, 0, 0), none where it has no rows: coordinates by parallel axis."""
+        tile, column = divmod(block[0], self.across)
+        if tile >= self.ends[-1]:
+            return []
+        expert = bisect.bisect_right(self.ends, tile) - 1
+        first = self.starts[expert] + (tile - self.ends[expert]) * self.rows
+        rows = range(first, min(first + self.rows, self.starts[expert + 1]))
+        columns = range(column * self.columns, min((column + 1) * self.columns, self.inner))
+        return [{ROW: row, COLUMN: place} for row in rows for place in columns]

@@ -21,8 +21,8 @@ Ranges = dict[str, range]
 class Instances:
     """The program instances of one scheduled, isolated kernel at given values of its symbols.
 
-    `grid`: its three sizes, computed here from the schedule (a launch computes them from its record).  CodegenError when the instances
-    do not cover the domain.
+    `grid`: its three sizes, computed here from the schedule (a launch computes them from its record); `busy`: the same, since every
+    instance has points.  CodegenError when the instances do not cover the domain.
     """
 
     def __init__(self, program: Program, symbols: Mapping[str, int]) -> None:
@@ -44,7 +44,7 @@ class Instances:
                 sizes[k] *= self.counts[axis.name]
                 if not (self.counts[axis.name] - 1) * axis.tile < self.extents[axis.name] <= self.counts[axis.name] * axis.tile:
                     raise CodegenError(f"{self.counts[axis.name]} tiles of {axis.tile} do not cover axis {axis.name} once")
-        self.grid = (sizes[0], sizes[1], sizes[2])
+        self.grid = self.busy = (sizes[0], sizes[1], sizes[2])
 
     def points(self, block: Sequence[int]) -> list[dict[str, int]]:
         """The points of instance (x, y, z): coordinates by parallel axis of the kernel."""

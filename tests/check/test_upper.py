@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from flagtree.check.inputs import lower_ends, upper_ends
-from flagtree.check.positions import Positions, scattered
+from flagtree.check.positions import Positions
+from flagtree.check.scattered import scattered
 from flagtree.check.sparse import Strays
 from flagtree.check.upper import run_blocks
 from flagtree.codegen.triton import generate
