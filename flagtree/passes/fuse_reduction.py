@@ -20,4 +20,5 @@ class FuseReduction:
     max_ops: int = 512
 
     def run(self, program: Program, target: Target, fuel: Fuel | None = None) -> tuple[Program, Report]:
-        return fuse(program, self.name, fuel, self.max_ops, lambda a, b: True)
+        # the CPU walks a row in sweeps that all end in the same reductions
+        return fuse(program, self.name, fuel, self.max_ops, lambda a, b: True, nested=target.warp > 1)

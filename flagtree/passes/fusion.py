@@ -30,8 +30,8 @@ def has_reduction(kernel: Kernel) -> bool:
 class FusionWalk:
     """Steps by identity, their dependences and their places while kernels merge."""
 
-    def __init__(self, program: Program, report: Report, fuel: Fuel, max_ops: int) -> None:
-        self.program, self.report, self.fuel, self.max_ops = program, report, fuel, max_ops
+    def __init__(self, program: Program, report: Report, fuel: Fuel, max_ops: int, nested: bool) -> None:
+        self.program, self.report, self.fuel, self.max_ops, self.nested = program, report, fuel, max_ops, nested
         self.steps: dict[int, Step] = dict(enumerate(program.steps))
         graph = dependences(program)
         self.before: dict[int, set[int]] = {k: set(graph.predecessors(k)) for k in self.steps}
@@ -98,7 +98,7 @@ class FusionWalk:
         state = self._known(a, producer)
         if state is not None and (appended := append(self.program, producer, state, consumer, kept)) is not None:
             return apart if place is None else (appended[0], place, appended[1])
-        legal = can_merge(self.program, producer, consumer, kept)
+        legal = can_merge(self.program, producer, consumer, kept, self.nested)
         if isinstance(legal, Refused):
             return legal
         if (why := moved_reduction(producer, consumer, legal)) is not None:
@@ -219,10 +219,10 @@ class FusionWalk:
                     break
 
 
-def fuse(program: Program, name: str, fuel: Fuel | None, max_ops: int, wanted: Wanted) -> tuple[Program, Report]:
-    """One walk; refusals are kept once each."""
+def fuse(program: Program, name: str, fuel: Fuel | None, max_ops: int, wanted: Wanted, nested: bool = False) -> tuple[Program, Report]:
+    """One walk; refusals are kept once each.  `nested` as in `can_merge`."""
     report = Report(name)
-    new = FusionWalk(program, report, fuel or Fuel(), max_ops).run(wanted)
+    new = FusionWalk(program, report, fuel or Fuel(), max_ops, nested).run(wanted)
     report.refused = list(dict.fromkeys(report.refused))
     return new, report
 

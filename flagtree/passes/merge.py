@@ -30,8 +30,9 @@ class Legal:
     overwritten: frozenset[str] = frozenset()
 
 
-def can_merge(program: Program, a: Kernel, b: Kernel, kept: frozenset[str]) -> Legal | Refused:
-    """May producer `a` be computed inside consumer `b`?  `kept` are flowing buffers whose store must stay.
+def can_merge(program: Program, a: Kernel, b: Kernel, kept: frozenset[str], nested: bool = False) -> Legal | Refused:
+    """May producer `a` be computed inside consumer `b`?  `kept` are flowing buffers whose store must stay.  `nested`: a row that is
+    reduced may be cut into the groups that the consumer reduces each for itself (a norm, then a scale for each group of its result).
 
     A buffer that both write (x.add_(1); x.mul_(2)) must be stored whole by both: the first store is dead then.  That no step
     between the two reads it is the caller's to know: such a step depends on `a` and `b` depends on it.
@@ -48,14 +49,15 @@ def can_merge(program: Program, a: Kernel, b: Kernel, kept: frozenset[str]) -> L
         for name in names:
             if (why := _store_refusal(program, kernel, name)) is not None:
                 return _refused(a, b, f"{why} and written by both" if name in overwritten else why)
-    legal = _legal(a, b, flowing, overwritten, kept - overwritten)
+    legal = _legal(a, b, flowing, overwritten, kept - overwritten, nested)
     return replace(legal, overwritten=overwritten) if isinstance(legal, Legal) else legal
 
 
-def _legal(a: Kernel, b: Kernel, flowing: tuple[str, ...], overwritten: frozenset[str], kept: frozenset[str]) -> Legal | Refused:
+def _legal(a: Kernel, b: Kernel, flowing: tuple[str, ...], overwritten: frozenset[str], kept: frozenset[str],
+           nested: bool) -> Legal | Refused:  # fmt: skip
     """The verdict on domains and hazards, for stores that are whole."""
     needed = bool(kept or set(a.writes) - set(flowing) - overwritten)  # the producer stores what the consumer does not take over
-    base = _base_mapping(a, b, flowing)
+    base = _base_mapping(a, b, flowing, nested)
     if base is None:
         if again := sorted(set(a.reads) & set(b.writes)):
             return _refused(a, b, f"'{again[0]}' would be read at moved points while it is written")
@@ -99,10 +101,11 @@ def _mapping(a: Kernel, load: Load) -> dict[str, Index]:
     return {i.name: g for i, g in zip(store.access.index, load.access.index, strict=True) if i.name is not None}
 
 
-def _base_mapping(a: Kernel, b: Kernel, flowing: tuple[str, ...]) -> dict[str, Index] | None:
-    """The read that places the producer: each parallel axis is read at one axis of the consumer (or 0 where it runs once).
+def _base_mapping(a: Kernel, b: Kernel, flowing: tuple[str, ...], nested: bool) -> dict[str, Index] | None:
+    """The read that places the producer: each parallel axis is read at one axis of the consumer (or 0 where it runs once), where
+    `nested` a reduced one at the groups of the consumer and the places in each.
 
-    Reduced axes may be read anywhere, at a label's position say; those are left open.  The read that places most axes wins.
+    Other reduced axes may be read anywhere, at a label's position say; those are left open.  The read that places most axes wins.
     """
     extents = {x.name: x.extent for x in b.axes}
     result: dict[str, Index] | None = None
@@ -114,15 +117,28 @@ def _base_mapping(a: Kernel, b: Kernel, flowing: tuple[str, ...]) -> dict[str, I
         for axis in a.axes:
             g = mapping.get(axis.name)
             plain = g is not None and (extents.get(g.name or "") == axis.extent or (g == ZERO and axis.extent.constant == 1))
+            plain = plain or (nested and g is not None and _is_cut(axis, g, b))
             if plain:
                 placed[axis.name] = g
             elif g is not None and axis.kind == "parallel":
                 break
         else:
-            names = [g.name for g in placed.values() if g is not None and g.name]
+            names = [n for g in placed.values() if g is not None for n in g.names()]
             if len(set(names)) == len(names) and (result is None or len(placed) > len(result)):
                 result = placed  # type: ignore[assignment]
     return result
+
+
+def _is_cut(axis: Axis, at: Index, b: Kernel) -> bool:
+    """Is a reduced axis read at `group * size + place`, whole, with a parallel axis of groups and a reduced one of places?"""
+    groups, places = ([x for x in b.axes if x.name in at.names() and x.kind == kind] for kind in ("parallel", "reduce"))
+    whole = axis.extent.constant
+    if axis.kind != "reduce" or whole is None or len(at.names()) != 2 or len(groups) != 1 or len(places) != 1:
+        return False
+    size = places[0].extent.constant
+    return size is not None and groups[0].extent == Index.of(whole // size) and whole % size == 0 and (
+        at == Index.of(groups[0].name) * size + Index.of(places[0].name)
+    )
 
 
 def _inline(a: Kernel, b: Kernel, flowing: tuple[str, ...], needed: bool) -> Legal | Refused:
@@ -155,15 +171,15 @@ def _grows(a: Kernel, b: Kernel) -> bool:
 
 def _complete(a: Kernel, b: Kernel, base: dict[str, Index], flowing: tuple[str, ...], needed: bool) -> Legal | Refused:
     """Match the producer's remaining axes with free axes of the consumer of the same extent, else add them."""
-    taken = {g.name for g in base.values() if g.name}
+    taken = {n for g in base.values() for n in g.names()}
     free = [x for x in b.axes if x.name not in taken and x.extent.constant != 1]
-    axes, added, reduced = dict(base), [], set()
+    axes, added = dict(base), []
+    reduced: set[str] = set()
     shared = _shared_positions(a, b)
     for axis in a.axes:
         if axis.name in axes:
-            target = axes[axis.name].name
-            if axis.kind == "reduce" and target:
-                reduced.add(target)
+            if axis.kind == "reduce":
+                reduced |= axes[axis.name].names()
             continue
         if axis.extent.constant == 1 and axis.kind == "parallel":
             axes[axis.name] = ZERO
@@ -203,11 +219,14 @@ def _domain_refusal(a: Kernel, b: Kernel, legal: Legal, parallel_left: list[Axis
         return "would repeat an expensive computation"
     if legal.added and any(x.kind == "parallel" for x in legal.added):
         return "the producer has axes that the consumer lacks"
-    if any(legal.axes[x.name].name is None for x in a.axes if x.kind == "reduce"):  # type: ignore[index]
+    assert legal.axes is not None
+    if any(not legal.axes[x.name].names() for x in a.axes if x.kind == "reduce"):
         return "the reduction runs over an axis that the consumer lacks"
-    sets = {frozenset(legal.axes[x].name for x in op.axes) for op in a.body if isinstance(op, Reduce)}  # type: ignore[index]
-    sets |= {frozenset(op.axes) for op in b.body if isinstance(op, Reduce)}
-    scans = {legal.axes[op.axis].name for op in a.body if isinstance(op, Scan)} | {op.axis for op in b.body if isinstance(op, Scan)}  # type: ignore[index]
+    sets = {frozenset(n for x in op.axes for n in legal.axes[x].names()) for op in a.body if isinstance(op, Reduce)}
+    own = {frozenset(op.axes) for op in b.body if isinstance(op, Reduce)}
+    cut = any(len(g.names()) > 1 for g in legal.axes.values())
+    sets |= set() if cut and sets and all(group < row for group in own for row in sets) else own  # each group within the row
+    scans = {legal.axes[op.axis].name for op in a.body if isinstance(op, Scan)} | {op.axis for op in b.body if isinstance(op, Scan)}
     if len(sets) > 1 or (sets and scans and next(iter(sets)) != frozenset(scans)):
         return "reductions over different axes"
     if sets or scans:

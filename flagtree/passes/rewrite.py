@@ -45,7 +45,8 @@ def dtypes_of(op: BodyOp) -> tuple[str, ...]:
 
 
 def rename(op: BodyOp, names: Mapping[str, str], axes: Mapping[str, Index] | None = None) -> BodyOp:
-    """`names` maps values (also inside indices), `axes` maps axis names to index expressions."""
+    """`names` maps values (also inside indices), `axes` maps axis names to index expressions; a reduction over an axis that becomes
+    several runs over all of them."""
     moved = axes or {}
 
     def index(i: Index) -> Index:
@@ -69,7 +70,8 @@ def rename(op: BodyOp, names: Mapping[str, str], axes: Mapping[str, Index] | Non
 
     if isinstance(op, Reduce):
         reduced = tuple(names.get(a, a) for a in op.args)
-        return Reduce(tuple(names.get(n, n) for n in op.names), op.dtypes, op.combiner, reduced, tuple(map(axis, op.axes)))
+        along = tuple(n for x in op.axes for n in (sorted(moved[x].names()) if x in moved and moved[x].name is None else (axis(x),)))
+        return Reduce(tuple(names.get(n, n) for n in op.names), op.dtypes, op.combiner, reduced, along or op.axes)
     return Scan(names.get(op.name, op.name), op.dtype, op.combiner, names.get(op.arg, op.arg), axis(op.axis))
 
 

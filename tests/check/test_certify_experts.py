@@ -10,19 +10,17 @@ import torch
 
 from flagtree.check import examine as examining
 from flagtree.check.certify import LONG, SHORT, Subject, certify, examine
-from flagtree.check.eager import eager_of
-from flagtree.check.experts_eager import in_pieces
 from flagtree.check.inputs import make_operands, sample_symbols
 from flagtree.check.positions import Positions
-from flagtree.check.stored import Description, subject_of
 from flagtree.codegen import triton_experts
 from flagtree.ir import experts
-from flagtree.ir.canonical import digest, isolate_all
+from flagtree.ir.canonical import isolate_all
 from flagtree.passes.pipeline import pipeline, run_pipeline
 from flagtree.targets import find_target
 from flagtree.targets.base import Target
 from flagtree.toolchain import emulator
 from flagtree.toolchain.build import toolchain_of
+from tests.check.subjects import subjects
 from tests.codegen.test_triton_experts import Layer, lowered_graph, operands_of
 
 emulated = pytest.mark.skipif(bool(emulator.missing()), reason=emulator.missing() or "the emulator runs")
@@ -30,15 +28,7 @@ emulated = pytest.mark.skipif(bool(emulator.missing()), reason=emulator.missing(
 
 def subjects_of(target: Target, most: int = 64) -> list[Subject]:
     """Every kernel of a small layer, built."""
-    graph, before = lowered_graph(Layer(2, "softmax"), operands_of(4, 6, 2, torch.bfloat16, 64, 48), most)
-    program, _ = run_pipeline(before.program, pipeline(target), target)
-    graph, subjects = in_pieces(graph), []
-    for kernel, alone in isolate_all(program):
-        told = Description(kernel, alone, eager_of(graph, program, kernel, alone, before.symbols))
-        key = digest(alone.program)
-        (built,) = toolchain_of(target).build([(key, alone.program)], target, 1)  # type: ignore[call-arg]
-        subjects.append(subject_of(key, told, built))
-    return subjects
+    return subjects(*lowered_graph(Layer(2, "softmax"), operands_of(4, 6, 2, torch.bfloat16, 64, 48), most), target)
 
 
 def one_level(name: str) -> Target:

@@ -44,10 +44,10 @@ def lowered_function(function, operands: tuple[torch.Tensor, ...]) -> Program:
         def forward(self, *given):
             return function(*given)
 
-    return _lowered(torch.export.export(Whole(), operands))[1].program
+    return lowered_export(torch.export.export(Whole(), operands))[1].program
 
 
-def _lowered(exported) -> tuple[torch.fx.Graph, Lowered]:
+def lowered_export(exported) -> tuple[torch.fx.Graph, Lowered]:
     nodes = [n for n in exported.graph.nodes if n.op == "placeholder"]
     values = [n.meta["val"] for n in nodes]
     normal = normalise(exported.graph_module, [n.name for n in nodes], values, lowers, DECOMPOSITIONS, values[0].fake_mode)
@@ -58,7 +58,7 @@ def lowered_graph(layer: Layer, operands: tuple[torch.Tensor, ...], most: int) -
     """The graph and the program of a layer whose number of tokens is free from 2 to `most`, or 1."""
     tokens = torch.export.Dim("tokens", min=2, max=most) if most > 1 else None
     free = tuple({0: tokens} if k in (0, 1, 5) and tokens is not None else None for k in range(6))
-    return _lowered(torch.export.export(layer, operands, dynamic_shapes=free))
+    return lowered_export(torch.export.export(layer, operands, dynamic_shapes=free))
 
 
 def lowered(layer: Layer, operands: tuple[torch.Tensor, ...], most: int) -> Program:

@@ -7,11 +7,14 @@ import math
 import pytest
 import torch
 
+from flagtree.check.certify import LONG, examine
 from flagtree.errors import BindError
-from flagtree.ir.program import Kernel
+from flagtree.ir.program import Kernel, Reduce
 from flagtree.passes.pipeline import pipeline, run_pipeline
 from flagtree.runtime.compile import backend
 from flagtree.targets import find_target
+from flagtree.toolchain.emulator import missing
+from tests.check.subjects import subjects_of
 from tests.codegen.test_triton_experts import lowered_function
 
 quantise, dequantise = torch.ops.flagtree.quantise, torch.ops.flagtree.dequantise
@@ -94,6 +97,35 @@ def test_a_gate_and_a_norm_are_one_kernel_with_their_quantisation(function, oper
     chip = find_target(target)
     program, _ = run_pipeline(lowered_function(function, operands), pipeline(chip), chip)
     assert [type(s) for s in program.steps] == [Kernel]
+
+
+def normed_in_groups(x, residual, weight):
+    added = x + residual
+    wide = added.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+    plain = wide.to(x.dtype) * weight
+    return (added, plain, *quantise(plain, 128, torch.float8_e4m3fn))
+
+
+@pytest.mark.parametrize(("target", "kernels"), [("cuda:sm80", 1), ("cuda:sm90", 1), ("metax", 1), ("cpu", 2)])
+def test_a_norm_is_one_kernel_with_its_groups_where_a_tile_holds_both_sums(target: str, kernels: int) -> None:
+    """The row's sum once, each group's maximum within it; residual sum and plain result are stored too."""
+    chip = find_target(target)
+    operands = (torch.zeros(4, 3072, dtype=torch.bfloat16),) * 2 + (torch.zeros(3072, dtype=torch.bfloat16),)
+    program, _ = run_pipeline(lowered_function(normed_in_groups, operands), pipeline(chip), chip)
+    assert [type(s) for s in program.steps] == [Kernel] * kernels
+    reductions = {op.axes for op in program.steps[-1].body if isinstance(op, Reduce)}  # type: ignore[union-attr]
+    assert reductions == ({("r0", "r1"), ("r1",)} if kernels == 1 else {("r0",)})
+
+
+@pytest.mark.skipif(bool(missing()), reason=missing() or "the emulator runs")
+@pytest.mark.parametrize("width", [256, 3072, 24576])
+def test_a_norm_in_groups_is_eagers_in_every_kind_of_input(width: int) -> None:
+    """A row of several, of one instance, and one walked in a loop."""
+    chip = find_target("metax")
+    operands = tuple(torch.zeros(*shape, dtype=torch.bfloat16) for shape in ((4, width), (4, width), (width,)))
+    (record,) = examine(subjects_of(normed_in_groups, operands, chip), chip, form=LONG).kernels.values()
+    assert (record["verdict"], record["eager"]) == ("pass", "compared"), record
 
 
 def test_fused_results_are_eagers() -> None:
