@@ -6,13 +6,16 @@ walked so is decided by the kernel alone, never by the level, so that partial su
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
+from flagtree.codegen.cpp_index import is_multiple
 from flagtree.codegen.cpp_layout import Layout
 from flagtree.codegen.segments import Segment
 from flagtree.ir.flat import operands
 from flagtree.ir.index import ONE
 from flagtree.ir.program import IndexValue, Load, Scan, Store
+
+STEP = 32  # elements of a step at the widest level: 2 * W
 
 
 def is_paired(layout: Layout, pieces: Iterable[Segment]) -> bool:
@@ -29,6 +32,12 @@ def is_paired(layout: Layout, pieces: Iterable[Segment]) -> bool:
                     return False
                 walked += 1
     return walked > 0
+
+
+def are_whole_steps(pieces: Iterable[Segment], multiples: Mapping[str, int]) -> bool:
+    """Each piece begins where a step may: a step keeps its odd elements behind its even ones, up to its end even where it is not full,
+    so that a piece beginning within it would overwrite them."""
+    return all(is_multiple(piece.lo, STEP, multiples) for piece in pieces)
 
 
 def _along(layout: Layout, op: Load | Store) -> bool:

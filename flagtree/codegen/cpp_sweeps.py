@@ -14,7 +14,7 @@ from flagtree.codegen.cpp_body import BodyWriter
 from flagtree.codegen.cpp_index import index_text, is_multiple
 from flagtree.codegen.cpp_keep import Sweep, row_size, sweeps
 from flagtree.codegen.cpp_layout import Layout
-from flagtree.codegen.cpp_pair import is_paired
+from flagtree.codegen.cpp_pair import STEP, are_whole_steps, is_paired
 from flagtree.codegen.cpp_scan import carry_type, declared
 from flagtree.codegen.segments import Segment, segments
 from flagtree.errors import CodegenError
@@ -80,10 +80,11 @@ class RowWriter:
         body, lane = self.layout.kernel.body, self.layout.lane
         pieces = segments(self.layout.kernel, lane.name) if lane is not None else ()
         planned = [(piece, sweeps(self.layout, piece.body)) for piece in pieces]
-        paired = is_paired(self.layout, pieces)
+        kept = sorted({n for _, all_sweeps in planned for s in all_sweeps for n in s.kept})
+        paired = is_paired(self.layout, pieces) and (not kept or are_whole_steps(pieces, self.multiples))
         pending = [op for op in body if not self.layout.is_swept(op)]
-        lines = [f"alignas(64) {ops.register(self.layout.kernel.dtypes[n])} {n}_row[{row_size(self.layout)}];"
-                 for n in sorted({n for _, all_sweeps in planned for s in all_sweeps for n in s.kept})]  # fmt: skip
+        size = (row_size(self.layout) or 0) + (STEP if len(pieces) > 1 else 0)  # a piece's last step may end behind the row
+        lines = [f"alignas(64) {ops.register(self.layout.kernel.dtypes[n])} {n}_row[{size}];" for n in kept]
         for sweep in range(self.layout.sweeps):
             ready = [op for op in pending if self._level(op) <= sweep]
             pending = [op for op in pending if op not in ready]
@@ -282,7 +283,7 @@ class RowWriter:
 
     def _accumulate(self, op: Reduce, lanes_reduced: bool, count: str) -> str:
         source = self.layout.kernel.dtypes
-        values = [_converted(a, source[a], d) for a, d in zip(op.args, _accumulators(op), strict=True)]
+        values = [ops.cast(a, source[a], d) for a, d in zip(op.args, _accumulators(op), strict=True)]
         member, step = f"part.{_member(op)}", f"{_type(op)}{{{', '.join(values)}}}"
         joined = f"combine({member}, {step})"
         return f"{member} = {f'keep({count}, {joined}, {member})' if lanes_reduced else joined};"
@@ -393,8 +394,4 @@ def _end(register: str, start: object, dtype: str) -> str:
     if dtype == "b1" and start in ("low", "high"):  # true is -1: the larger b1 is the smaller mask
         number = 0 if start == "low" else -1
     return f"{register}({ops.literal(int(number), register)})"
-
-
-def _converted(name: str, source: str, accumulator: str) -> str:
-    return ops.cast(name, source, accumulator)
 

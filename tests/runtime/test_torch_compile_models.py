@@ -91,6 +91,20 @@ def test_block(name: str, dtype: torch.dtype) -> None:
     check(function, *args, dynamic=dtype is torch.bfloat16)
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("widths", [(16, 16, 16, 16), (24, 40), (33, 31, 64), (8, 100, 20)], ids=str)
+def test_rows_that_are_joined_from_pieces(widths: tuple[int, ...], dtype: torch.dtype) -> None:
+    """As in the patch merging of Swin: a row is walked piece by piece, and what it keeps between sweeps lies side by side."""
+    pieces = [torch.randn(3, n).to(dtype) for n in widths]
+    weight, bias = (torch.randn(sum(widths)).to(dtype) for _ in range(2))
+
+    def joined(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        row = torch.cat([p + p for p in given], -1)
+        return F.layer_norm(row, row.shape[-1:], weight, bias), torch.softmax(row.flip(0) * 2, -1)
+
+    check(joined, *pieces)
+
+
 # -- Qwen3 ---------------------------------------------------------------------------------------------------------------
 def qwen3(dtype: torch.dtype = torch.float32) -> nn.Module:
     transformers = pytest.importorskip("transformers")
