@@ -55,6 +55,18 @@ def shapes() -> Iterator[Shape]:
     tower = Case(Form(PACKED, 80**-0.5), heads=(16, 16), widths=(80, 80))
     yield Shape("windows of 64 patches, 512 patches (RoboBrain2's tower)", tower, tuple(range(0, 513, 64)), 512)
     yield Shape("two images, 512 patches (RoboBrain2's tower)", tower, (0, 200, 512), 512)
+    for heads, width, who in ((12, 64, "BERT-base"), (16, 64, "BERT-large"), (4, 8, "4 heads of 8")):
+        encoder = Case(Form(FULL, width**-0.5), heads=(heads, heads), widths=(width, width))
+        for batch, tokens in ((1, 16), (1, 128), (8, 128), (1, 512)):
+            yield Shape(f"encoder, batch {batch}, {tokens} tokens ({who})", encoder, (0,) * batch, tokens, tokens)
+        if width == 64:
+            masks = replace(encoder, form=replace(encoder.form, mask="seen"))
+            yield Shape(f"the same under a mask, batch 8, 128 tokens ({who})", masks, (0,) * 8, 128, 128)
+    base = Case(Form(FULL, 1 / 8), heads=(12, 12), widths=(64, 64))
+    yield Shape("encoder, batch 8, 197 patches (ViT-base)", base, (0,) * 8, 197, 197)
+    causal = replace(base, form=replace(base.form, causal=True))
+    for tokens in (128, 1024):
+        yield Shape(f"causal, {tokens} tokens (GPT-2)", causal, (0,), tokens, tokens)
     siglip = Case(Form(FULL, 72**-0.5, limited=True), heads=(16, 16), widths=(72, 72))
     yield Shape("padded batch of 2 images, 256 patches (MiniCPM-V's tower)", siglip, (256, 144), 256, 256)
 
@@ -78,6 +90,9 @@ def sdpa(call: Call) -> Callable[[], object]:
     operators = torch.ops.flagtree
     if form.kind == CACHED:
         return lambda: operators.attend(t["q"], t["k"], t["v"], t["where"], form.scale, form.window)
+    if form.kind == FULL and not form.limited:
+        q, k, v, mask = (t.get(n) for n in ("q", "k", "v", "where"))
+        return lambda: scaled_dot_product_attention(q, k, v, mask if form.mask else None, is_causal=form.causal, scale=form.scale)
     if form.kind == FULL:
         return lambda: operators.full_attention(t["q"], t["k"], t["v"], t["where"], form.scale)
     return lambda: operators.varlen_attention(t["q"], t["k"], t["v"], t["where"], form.scale, form.causal)
@@ -86,6 +101,8 @@ def sdpa(call: Call) -> Callable[[], object]:
 def masked(call: Call) -> Callable[[], object]:
     """One call under a mask; padding is zero here, for SDPA reads it."""
     form, t = call.case.form, call.tensors
+    if form.kind == FULL and not form.limited:
+        return sdpa(call)
     q, k, v = (t[n].nan_to_num() if n != "q" else t[n] for n in "qkv")
     if form.kind == PACKED:
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))

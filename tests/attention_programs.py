@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from flagtree.ir import attention
 from flagtree.ir.attention import CACHED, FULL, PACKED, Form
@@ -42,7 +43,10 @@ class Case:
             shapes = (batch, heads, tokens, depth), (batch, key_heads, context, depth), (batch, key_heads, context, width), (batch,), (
                 batch, tokens, heads, width)  # fmt: skip
             strides = (tokens * heads * depth, depth, heads * depth, Index.of(1))  # as projections leave queries
-        kinds = (self.dtype, self.dtype, self.dtype, "i32" if self.form.kind == PACKED else "i64", self.dtype)
+        where = {"": "i32" if self.form.kind == PACKED else "i64", "seen": "b1", "added": self.dtype}[self.form.mask]
+        if self.form.mask:
+            shapes = (*shapes[:3], (batch, Index.of(1), tokens, context), shapes[-1])
+        kinds = (self.dtype, self.dtype, self.dtype, where, self.dtype)
         names = ("q", "k", "v", "where", "out")
         given = [
             Buffer(n, t, s, "temp" if n == "out" else "input", strides if n == "q" else None)
@@ -80,7 +84,7 @@ class Call:
 
 
 def make(case: Case, where: list[int], tokens: int, context: int = 0, seed: int = 0) -> Call:
-    """`where`: the starts, lengths or bounds.  What no row may read is NaN."""
+    """`where`: the starts, lengths or bounds; under a mask or none of them as many numbers as sequences.  What no row may read is NaN."""
     generator = torch.Generator().manual_seed(seed)
     dtype, form = TORCH[case.dtype], case.form
 
@@ -97,7 +101,11 @@ def make(case: Case, where: list[int], tokens: int, context: int = 0, seed: int 
         q = random(batch, tokens, heads, depth).transpose(1, 2)
         k, v = random(batch, key_heads, context, depth), random(batch, key_heads, context, width)
         out = torch.full((batch, tokens, heads, width), math.nan, dtype=dtype)
-        if form.operands == 4:
+        if form.mask:
+            told = torch.rand(batch, 1, tokens, context, generator=generator) < 0.7
+            told[0, 0, 0] = False  # sees nothing
+            told = told if form.mask == "seen" else torch.where(told, 0.5, -math.inf).to(dtype)
+        elif form.operands == 4:
             for b, n in enumerate(where):
                 seen = n + tokens if form.kind == CACHED else n
                 k[b, :, seen:], v[b, :, seen:] = math.nan, math.nan
@@ -109,6 +117,10 @@ def _eager(form: Form, q: Tensor, k: Tensor, v: Tensor, where: Tensor) -> Tensor
     ours = torch.ops.flagtree
     if form.kind == CACHED:
         return ours.attend(q, k, v, where, form.scale, form.window)
+    if form.mask or (form.kind == FULL and form.causal):
+        mask = where.to(q.dtype) if form.mask == "added" else where if form.mask else None
+        shared = q.shape[1] != k.shape[1]
+        return sdpa(q, k, v, mask, is_causal=form.causal, scale=form.scale, enable_gqa=shared).transpose(1, 2).contiguous()
     if form.kind == FULL:
         return ours.full_attention(q, k, v, where if form.limited else None, form.scale)
     return ours.varlen_attention(q, k, v, where, form.scale, form.causal)

@@ -47,6 +47,8 @@ def eager_of(graph: fx.Graph, program: Program, kernel: Kernel, isolated: Isolat
     if (known := experts.known(isolated.program, isolated.kernel)) is not None:
         return product_recipe(isolated.program, known, activation_of(graph, kernel))
     if (form := attention.form_of(isolated.program)) is not None:
+        if form.kind == attention.FULL and (form.causal or form.mask):
+            return _sdpa_recipe(isolated.program, form)
         return _call_recipe(isolated.program, *_attention_call(isolated.program, form))
     buffers = {name: f"b{i}" for i, name in enumerate(isolated.buffers)}
     symbols = {str(name): f"n{i}" for i, name in enumerate(isolated.symbols)}
@@ -62,6 +64,18 @@ def _call_recipe(program: Program, callee: str, args: tuple[object, ...]) -> dic
     *given, out = (b.name for b in program.buffers)
     call = {"extern": callee, "args": list(args), "kwargs": {}, "outputs": [out]}
     return {"format": FORMAT, "views": views, "given": [[n, n] for n in given], "steps": [call], "results": {out: out}}
+
+
+def _sdpa_recipe(program: Program, form: attention.Form) -> dict[str, Any]:
+    """PyTorch's own call, whose result has heads before tokens."""
+    q, k, v, *mask, out = attention.operands(program, form)
+    tensors = tuple({"buffer": b.name} for b in (q, k, v))
+    recipe = _call_recipe(program, attention.SDPA, (*tensors, {"buffer": mask[0].name} if mask else None, 0.0, form.causal))
+    by_head = dict(recipe["views"][out.name])
+    by_head |= {key: [by_head[key][d] for d in (0, 2, 1, 3)] for key in ("shape", "strides")}
+    recipe["views"]["by_head"] = by_head
+    recipe["steps"][0] |= {"kwargs": {"scale": form.scale, "enable_gqa": attention.group_of(q, k) > 1}, "outputs": ["by_head"]}
+    return recipe
 
 
 def _attention_call(program: Program, form: attention.Form) -> tuple[str, tuple[object, ...]]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from flagtree.check.report import ExternRow, KernelRow, PartReport, fact
-from flagtree.ir.attention import OPERATORS
+from flagtree.ir.attention import OPERATORS, SDPA
 from flagtree.ir.gemm import OTHERWISE, PRODUCT, above_reason
 from flagtree.ir.program import Extern, Kernel, Program, Repeat, Step, Template
 from flagtree.ir.traffic import ProgramTraffic, program_traffic
@@ -119,7 +119,7 @@ def is_call(step: Step) -> bool:
 
 def is_attention(step: Step) -> bool:
     """Was this kernel a call of attention?"""
-    return isinstance(step, Kernel) and bool(step.ops) and step.ops[0] in OPERATORS
+    return isinstance(step, Kernel) and bool(step.ops) and step.ops[0] in (*OPERATORS, SDPA)
 
 
 def label(kernel: Kernel | Template) -> str:

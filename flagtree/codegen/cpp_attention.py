@@ -22,7 +22,8 @@ _STEP = {"f32": _PARTIALS, "bf16": 2 * _PARTIALS}  # elements that one step alon
 _NAN = {"f32": "__builtin_nanf(\"\")", "bf16": "0x7fc0"}
 _STEPS = {"f32": 7, "bf16": 3}  # steps whose sums fit the widest level's registers, for 4 rows
 
-
+# what a mask does to a score
+_MASKS = {"seen": "#define MASKED(score, m) ((m) ? (score) : -__builtin_inff())", "added": "#define MASKED(score, m) ((score) + (m))"}
 # a position outside of the cache: eager refuses the call
 _OUTSIDE = (
     "for (i64 r = 0; r < held; ++r)",
@@ -54,6 +55,7 @@ def context(program: Program) -> dict[str, Any]:
             f"#define DEPTH {depth}", f"#define DEPTH_PADDED {_padded(depth, _PARTIALS)}",
             f"#define WIDTH {width}", f"#define WIDTH_PADDED {_padded(width, step)}",
             f"#define WIDE_STEPS {_steps(_padded(width, step) // step, _STEPS[dtype])}",
+            *((f"#define MASK_ELEMENT {ops.memory(where[0].dtype)}", _MASKS[form.mask]) if form.mask else ()),
         ],
         "head": [
             *(f"const ELEMENT *const {n} = (const ELEMENT *)buffers[{_place(program, b)}];" for n, b in zip("qkv", (q, k, v), strict=True)),
@@ -88,11 +90,13 @@ def _body(form: Form, group: int, key_heads: Index, buffers: tuple[Buffer, ...])
                     ((q, ("sequence", "head", "token")), (out, ("sequence", "token", "head"))))  # fmt: skip
     k_at, v_at = (_offset(b.layout, (None, "key_head") if packed else ("sequence", "key_head")) for b in (k, v))
     k_row, v_row = (b.layout[0 if packed else 2] for b in (k, v))
+    masks = ", masks" if form.mask else ""
     return [
         f"const i64 block = row % blocks, key_head = row / blocks % ({key_heads}), sequence = row / blocks / ({key_heads});",
         "const ELEMENT *queries[ROWS];",
         "ELEMENT *results[ROWS];",
         "i64 seen_from[ROWS], seen_to[ROWS], held = 0;",
+        *(("const MASK_ELEMENT *masks[ROWS];",) if form.mask else ()),
         *(("bool inside[ROWS];",) if form.kind == attention.CACHED else ()),
         f"for (i64 place = block * ROWS; place < (block + 1) * ROWS && place < tokens * {group}; ++place, ++held) {{",
         f"  const i64 token = place / {group}, head = key_head * {group} + place % {group};",
@@ -101,10 +105,11 @@ def _body(form: Form, group: int, key_heads: Index, buffers: tuple[Buffer, ...])
         "  seen_to[held] = seen_to[held] < keys ? seen_to[held] : keys;",
         f"  queries[held] = q + {q_at};",
         f"  results[held] = out + {out_at};",
+        *((f"  masks[held] = where + {_mask_at(where[0])};",) if form.mask else ()),
         "}",
         "// whole tiles: rows that see nothing and are not stored",
         "for (; held % 4; ++held) queries[held] = queries[held - 1], results[held] = 0, seen_from[held] = seen_to[held] = 0;",
-        f"attend_rows(queries, k + {k_at}, {k_row}, v + {v_at}, {v_row}, seen_from, seen_to, held, results);",
+        f"attend_rows(queries, k + {k_at}, {k_row}, v + {v_at}, {v_row}, seen_from, seen_to, held, results{masks});",
         *(_OUTSIDE if form.kind == attention.CACHED else ()),
     ]
 
@@ -112,7 +117,9 @@ def _body(form: Form, group: int, key_heads: Index, buffers: tuple[Buffer, ...])
 def _seen(form: Form, where: list[Buffer]) -> list[str]:
     """The keys seen_from[held]..seen_to[held]-1 that a token sees."""
     if form.kind == attention.FULL:
-        return [f"seen_from[held] = 0, seen_to[held] = {_element(where[0], 'sequence') if where else 'keys'};"]
+        end = _element(where[0], "sequence") if form.limited else "keys"
+        own = ("if (seen_to[held] > token) seen_to[held] = token + 1;",) if form.causal else ()
+        return [f"seen_from[held] = 0, seen_to[held] = {end};", *own]
     if form.kind == attention.CACHED:
         first = f"seen_from[held] = {f'seen_to[held] > {form.window} ? seen_to[held] - {form.window} : 0' if form.window else '0'};"
         return [f"seen_to[held] = {_element(where[0], 'sequence')} + token + 1;", first]
@@ -129,6 +136,12 @@ def _seen(form: Form, where: list[Buffer]) -> list[str]:
 
 def _element(buffer: Buffer, at: str) -> str:
     return f"where[{at} * ({buffer.layout[0]})]"
+
+
+def _mask_at(mask: Buffer) -> str:
+    names = ("sequence", "head", "token")[4 - len(mask.shape) :]
+    along = zip(names, mask.layout[:-1], mask.shape[:-1], strict=True)
+    return " + ".join(f"{name} * ({stride})" for name, stride, extent in along if extent.constant != 1) or "0"
 
 
 def _offset(layout: tuple[Index, ...], along: tuple[str | None, ...]) -> str:

@@ -35,6 +35,8 @@ def context(program: Program, form: Form) -> dict[str, object]:
     rows, columns = (tiles["i0"], tiles["r1"]) if packed else (tiles["i1"], tiles["r0"])
     if q.dtype not in _ELEMENTS or any(b.layout[-1].constant != 1 for b in (q, k, v, out)):
         raise CodegenError(f"attention over {q.dtype}", why="f32, f16 and bf16 with elements of a head side by side are generated")
+    if form.mask:
+        raise CodegenError("attention under a mask that is a tensor", why="it is generated for CPUs")
     depth, width = q.shape[-1].constant, v.shape[-1].constant
     assert depth and width
     keys = k.shape[0] if packed else k.shape[2]

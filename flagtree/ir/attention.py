@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flagtree.ir.canonical import isolate
-from flagtree.ir.index import Index
+from flagtree.ir.index import ONE, ZERO, Index
 from flagtree.ir.program import (
     Access,
     Axis,
@@ -33,6 +33,7 @@ CACHED, FULL, PACKED = "cached", "full", "packed"
 OPERATORS = {
     "flagtree.attend.default": CACHED, "flagtree.full_attention.default": FULL, "flagtree.varlen_attention.default": PACKED,
 }  # fmt: skip
+SDPA = "aten.scaled_dot_product_attention.default"
 # the operators' parameters in order: what a row sees is told by the fourth
 SIGNATURES = {
     CACHED: ("q", "k_cache", "v_cache", "start", "scale", "window"), FULL: ("q", "k", "v", "lengths", "scale"),
@@ -45,18 +46,20 @@ _NEVER = (1 << 62) - 1  # an end that no row has
 @dataclass(frozen=True, slots=True)
 class Form:
     """Which keys a row sees.  `kind`: cached (up to its position start[b] + s, the last `window` of them if that is not 0), full (all, or
-    lengths[b] of them where `limited`), packed (its sequence's, by bounds; up to its own where `causal`)."""
+    lengths[b] of them where `limited`; up to its own number where `causal`), packed (its sequence's, by bounds; up to its own where
+    `causal`).  `mask`, of the full form: "seen" for those where a mask [B, H, S, L] is true, "added" for one added to the scores."""
 
     kind: str
     scale: float
     window: int = 0
     causal: bool = False
     limited: bool = False
+    mask: str = ""
 
     @property
     def operands(self) -> int:
-        """Buffers that are read: q, k, v and, unless every row sees every key, what says which."""
-        return 3 if self.kind == FULL and not self.limited else 4
+        """Buffers that are read: q, k, v and, unless every row sees every key or those up to its own, what says which."""
+        return 3 if self.kind == FULL and not self.limited and not self.mask else 4
 
 
 class _Body:
@@ -91,7 +94,7 @@ class _Body:
 
 def kernel(form: Form, buffers: Sequence[Buffer], name: str, schedule: Schedule | None = None, origins: tuple[Origin, ...] = (),
            ops: tuple[str, ...] = ()) -> Kernel:  # fmt: skip
-    """The kernel over `buffers`: q, k, v, then start, lengths or bounds where the form has them, and the result.
+    """The kernel over `buffers`: q, k, v, then start, lengths, bounds or the mask where the form has them, and the result.
 
     Axes: i0 sequence, i1 token, i2 head, i3 element of the value (packed: i0 token, i1 head, i2 element); r0 key, r1 element of the key
     (packed: r0 bound, r1 key, r2 element)."""
@@ -99,6 +102,7 @@ def kernel(form: Form, buffers: Sequence[Buffer], name: str, schedule: Schedule 
     body = _Body()
     seen: str | None = None
     inside: str | None = None
+    added: str | None = None
     at_q: tuple[Index, ...]
     at_key: tuple[Index, ...]
     at_out: tuple[Index, ...]
@@ -109,14 +113,20 @@ def kernel(form: Form, buffers: Sequence[Buffer], name: str, schedule: Schedule 
         extents = (*out.shape, buffers[3].shape[0], k.shape[0], q.shape[2])
     else:
         sequence, token, head, element, key, depth = (Index.of(n) for n in ("i0", "i1", "i2", "i3", "r0", "r1"))
-        if form.operands == 4:
+        if form.kind == CACHED:
             seen, inside = _in_cache(form, body, buffers[3], k.shape[2])
+        elif form.mask == "added":
+            added = body.load(buffers[3], *_at_mask(buffers[3]))
+        elif form.limited or form.causal or form.mask:
+            seen = _of_all(form, body, buffers)
         at_q, at_key, at_out = (sequence, head, token, depth), (sequence, head // group_of(q, k), key), (sequence, token, head, element)
         extents = (*out.shape, k.shape[2], q.shape[3])
     key_name, depth_name = str(key), str(depth)
     product = body.op("f32", "mul", body.cast("f32", body.load(q, *at_q), q.dtype),
                       body.cast("f32", body.load(k, *at_key, depth, mask=seen), k.dtype))  # fmt: skip
     score = body.op("f32", "mul", body.reduce("f32", "sum", product, depth_name), form.scale)
+    if added is not None:
+        score = body.op("f32", "add", score, body.cast("f32", added, buffers[3].dtype))
     if seen is not None:
         score = body.op("f32", "where", seen, score, float("-inf"))
     highest = body.reduce("f32", "max", score, key_name)
@@ -143,12 +153,26 @@ def group_of(q: Buffer, k: Buffer) -> int:
     return heads // key_heads
 
 
-def _in_cache(form: Form, body: _Body, where: Buffer, context: Index) -> tuple[str, str | None]:
+def _of_all(form: Form, body: _Body, buffers: Sequence[Buffer]) -> str:
+    """Key r0 is one of the first lengths[i0] where `limited`, the mask admits it, and it stands no later than token i1 where `causal`."""
+    if form.mask:
+        return body.load(buffers[3], *_at_mask(buffers[3]))
+    key = body.index(Index.of("r0"))
+    found = [body.op("b1", "lt", key, body.load(buffers[3], Index.of("i0")))] if form.limited else []
+    found += [body.op("b1", "le", key, body.index(Index.of("i1")))] if form.causal else []
+    return found[0] if len(found) == 1 else body.op("b1", "and", *found)
+
+
+def _at_mask(mask: Buffer) -> tuple[Index, ...]:
+    """The mask's element of sequence, head, token and key: leading dimensions may be missing, those of one element are broadcast."""
+    point = tuple(Index.of(n) for n in ("i0", "i2", "i1", "r0"))[-len(mask.shape) :]
+    return tuple(ZERO if extent == ONE else at for at, extent in zip(point, mask.shape, strict=True))
+
+
+def _in_cache(form: Form, body: _Body, where: Buffer, context: Index) -> tuple[str, str]:
     """(key r0 of sequence i0 is seen by token i1, the token's position is one of the cache: eager refuses others, a kernel gives NaN)."""
     key = body.index(Index.of("r0"))
     first = body.load(where, Index.of("i0"))
-    if form.kind == FULL:
-        return body.op("b1", "lt", key, first), None
     position = body.op("i64", "add", first, body.index(Index.of("i1")))
     seen = body.op("b1", "le", key, position)
     if form.window:
@@ -202,9 +226,9 @@ def _read(step: Kernel) -> Form | None:
     scale = float(scales[0])
     if sum(a.kind == "reduce" for a in step.axes) == 3:
         return Form(PACKED, scale, causal=sum(op.op == "le" for op in computes) == 2)
-    if all(op.access.mask is None for op in step.loads):
-        return Form(FULL, scale)
-    if any(op.op == "lt" for op in computes):
-        return Form(FULL, scale, limited=True)
+    if not any(op.op == "ge" for op in computes):
+        mask = "seen" if any(op.dtype == "b1" for op in step.loads) else "added" if any(op.op == "add" for op in computes) else ""
+        has = {op.op for op in computes}
+        return Form(FULL, scale, causal="le" in has, limited="lt" in has, mask=mask)
     windows = [op.args[1] for op in computes if op.op == "sub" and isinstance(op.args[1], int)]
     return Form(CACHED, scale, int(windows[0]) if windows else 0)

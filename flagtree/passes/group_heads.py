@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from flagtree.ir.attention import SDPA
 from flagtree.ir.index import ONE, ZERO
 from flagtree.ir.program import Extern, Kernel, Load, Operand, Program, Ref, Store
 from flagtree.passes.base import Fuel, Refused, Report
 from flagtree.targets.base import Target
 
-ATTENTION = "aten.scaled_dot_product_attention.default"
 GROUPED = "flagtree.grouped_attention.default"
 _PLAIN = {"enable_gqa": (False,), "dropout_p": (0, 0.0), "is_causal": (False,), "attn_mask": ()}  # keywords and what they may be
 
@@ -29,7 +29,7 @@ class GroupHeads:
     def run(self, program: Program, target: Target, fuel: Fuel | None = None) -> tuple[Program, Report]:
         report, fuel, steps = Report(self.name), fuel or Fuel(), list(program.steps)
         for k, step in enumerate(program.steps):
-            if not isinstance(step, Extern) or step.callee != ATTENTION:
+            if not isinstance(step, Extern) or step.callee != SDPA:
                 continue
             found = _grouped(program, k, step)
             if isinstance(found, str):

@@ -21,6 +21,7 @@ from flagtree.passes.expert_products import ExpertProducts
 from flagtree.passes.fuse_pointwise import FusePointwise
 from flagtree.passes.fuse_reduction import FuseReduction
 from flagtree.passes.group_heads import GroupHeads
+from flagtree.passes.lookups import Lookups
 from flagtree.passes.reinplace import Reinplace
 from flagtree.passes.schedule import ScheduleKernels
 from flagtree.passes.small_products import SmallProducts
@@ -28,7 +29,7 @@ from flagtree.passes.split_reduction import SplitReduction
 from flagtree.targets.base import Target
 
 _OURS = (
-    Canonicalize, GroupHeads, Reinplace, FusePointwise, FuseReduction, SmallProducts, ExpertProducts, SplitReduction, Attention,
+    Canonicalize, GroupHeads, Lookups, Reinplace, FusePointwise, FuseReduction, SmallProducts, ExpertProducts, SplitReduction, Attention,
     ScheduleKernels,
 )  # fmt: skip
 PASSES: dict[str, type] = {p.name: p for p in _OURS}
@@ -51,6 +52,7 @@ def pipeline(target: Target) -> tuple[Pass, ...]:
     return (
         Canonicalize(),      # views into indices, casts, common subexpressions, dead code
         GroupHeads(),        # attention of one token reads shared key heads where they lie
+        Lookups(),           # embeddings that are added up are read in place, their indices checked
         Reinplace(),         # a state rewritten through a copy is written in place
         FusePointwise(),     # chains, gating, rotary
         FuseReduction(),     # norms and softmax with what surrounds them

@@ -23,7 +23,8 @@ from flagtree.errors import BindError
 from flagtree.runtime import attention_variants as attention_variants  # registers the operators without a cache of this form
 from flagtree.runtime import expert_products as expert_products  # the products of a mixture of experts,
 from flagtree.runtime import experts as experts  # the whole of it,
-from flagtree.runtime import quantised as quantised  # and quantisation
+from flagtree.runtime import quantised as quantised  # quantisation,
+from flagtree.runtime import refusals as refusals  # and what refuses a bad index
 from flagtree.runtime.attention_variants import grouped
 
 ATTENTION = "flagtree::attention"

@@ -81,6 +81,7 @@ class Target:
     peak: float = 0.0                      # f32 operations a second outside matrix units, likewise
     gemm_rows: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # level, type: rows up to which ours is no slower
     attention: Mapping[str, frozenset[str]] = field(default_factory=dict)  # case (passes/attention.py) to element types that are ours
+    lookups: bool = False                  # a bad index found by a kernel can be refused without waiting for a device
     dtypes: frozenset[str] = frozenset()
     options: Mapping[str, object] = field(default_factory=dict)
     facts_from: Mapping[str, str] = field(default_factory=dict)

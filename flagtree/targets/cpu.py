@@ -46,7 +46,9 @@ TARGETS = (
         attention={
             "one token": frozenset({"bf16", "f32"}),
             **dict.fromkeys(("one token, many heads", "a window", "some keys", "packed sequences"), frozenset({"f32"})),
+            **dict.fromkeys(("SDPA", "SDPA under a mask"), frozenset({"f32"})),
         },
+        lookups=True,
         gemm_rows={
             "x86-64-v4": {"bf16": 4, "f16": 4, "f32": 40},
             "x86-64-v3": {"bf16": 4, "f16": 4, "f32": 16},

@@ -24,6 +24,9 @@ CASES = {
     "some keys, 72 wide": (Case(Form(FULL, 0.1, limited=True), "f32", heads=(2, 2), widths=(72, 72)), [70, 0], 18, 80),
     "some keys, 72 wide, bf16": (Case(Form(FULL, 0.1, limited=True), heads=(2, 2), widths=(72, 40)), [70, 0], 18, 80),
     "all keys": (Case(Form(FULL, 0.1), "f32", heads=(2, 2), widths=(112, 112)), [0], 9, 50),
+    "up to its own": (Case(Form(FULL, 0.1, causal=True), "f32", heads=(4, 2), widths=(8, 24)), [0, 0], 70, 67),
+    "under a mask": (Case(Form(FULL, 0.1, mask="seen"), "f32", heads=(2, 2), widths=(64, 64)), [0, 0], 37, 70),
+    "under a mask that is added": (Case(Form(FULL, 0.1, mask="added"), "f32", heads=(4, 2), widths=(32, 32)), [0, 0], 21, 67),
     "packed": (Case(Form(PACKED, 0.11), heads=(2, 2), widths=(80, 80)), [0, 5, 5, 60, 70], 71, 0),
     "packed, causal, fp32": (Case(Form(PACKED, 0.1, causal=True), "f32", heads=(4, 2), widths=(16, 32)), [2, 9, 40], 40, 0),
 }
@@ -67,6 +70,8 @@ MUTATIONS = {
     "the window": ("sliding window", "seen_to[held] > 9 ? seen_to[held] - 9 : 0", "0"),
     "the rescale": ("prefill", "if (rescale[i] != 1.f)", "if (0)"),
     "the running maximum": ("decode in fp32", "highest[i] = peak;", ""),
+    "the causal end": ("up to its own", "seen_to[held] = token + 1;", ";"),
+    "the mask": ("under a mask", "? (score) : -__builtin_inff()", "? (score) : (score)"),
     "the bounds": ("packed", "low > 0 && low < bounds", "low > 0 && low < bounds && (low = 1, 1)"),
 }  # fmt: skip
 

@@ -39,25 +39,29 @@ static __attribute__((noinline)) void turn_keys(const ELEMENT *k, i64 k_stride, 
       for (int n = 0; n < W; ++n) store(out[d + n] + j, v[n], W);
     }
 }
-// the scores of ROW_TILE rows with `count` keys
-INLINE void score_keys(const f32 (*q)[DEPTH_PADDED], const f32 (*keys)[KEYS], i64 count, f32 (*out)[KEYS]) {
-  enum { N = NATIVE_BYTES == 64 ? 4 : 2 };
-  for (i64 j = 0; j < count; j += N * W) {
-    f32v sums[ROW_TILE][N] = {};
-    for (i64 d = 0; d < DEPTH; ++d) {
-      f32v key[N];
+// the scores of ROW_TILE rows with N vectors of keys from key j on
+template <int N> INLINE void score_vectors(const f32 (*q)[DEPTH_PADDED], const f32 (*keys)[KEYS], i64 j, f32 (*out)[KEYS]) {
+  f32v sums[ROW_TILE][N] = {};
+  for (i64 d = 0; d < DEPTH; ++d) {
+    f32v key[N];
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) key[n] = load(keys[d] + j + n * W, W);
-#pragma GCC unroll 4
-      for (int i = 0; i < ROW_TILE; ++i)
-#pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) sums[i][n] = multiply_add(splat(q[i][d]), key[n], sums[i][n]);
-    }
+    for (int n = 0; n < N; ++n) key[n] = load(keys[d] + j + n * W, W);
 #pragma GCC unroll 4
     for (int i = 0; i < ROW_TILE; ++i)
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) store(out[i] + j + n * W, sums[i][n] * SCALE, W);
+      for (int n = 0; n < N; ++n) sums[i][n] = multiply_add(splat(q[i][d]), key[n], sums[i][n]);
   }
+#pragma GCC unroll 4
+  for (int i = 0; i < ROW_TILE; ++i)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) store(out[i] + j + n * W, sums[i][n] * SCALE, W);
+}
+// the scores of ROW_TILE rows with `count` keys; of the last vector's keys, turn_keys repeats one
+INLINE void score_keys(const f32 (*q)[DEPTH_PADDED], const f32 (*keys)[KEYS], i64 count, f32 (*out)[KEYS]) {
+  enum { N = NATIVE_BYTES == 64 ? 4 : 2 };
+  i64 j = 0;
+  for (; j + (N - 1) * W < count; j += N * W) score_vectors<N>(q, keys, j, out);
+  for (; j < count; j += W) score_vectors<1>(q, keys, j, out);
 }
 #else
 // the scores of ROW_TILE rows with 4 keys at a time; keys beyond `count` repeat the last one
@@ -108,7 +112,9 @@ INLINE void weigh(f32 (*s)[KEYS], const i64 *first, const i64 *last, f32 *highes
     sum_state<f32v> sums[PARTS] = {};
     for (int j = 0; j < KEYS; j += PARTIALS)
       for (int p = 0; p < PARTS; ++p) {
-        const f32v weight = exp_of(load(s[i] + j + p * W, W) - base[i]);
+        // what is too far below the maximum is zero, -inf too: denormal numbers are slow
+        const f32v x = load(s[i] + j + p * W, W) - base[i];
+        const f32v weight = select(x < -87.f, splat(0.f), exp_of(select(x < -87.f, splat(0.f), x)));
         store(s[i] + j + p * W, weight, W);
         sums[p].value += weight;
       }
@@ -140,7 +146,11 @@ template <int N> INLINE void add_values(const f32 (*weights)[KEYS], const ELEMEN
 }
 // rows is a multiple of ROW_TILE; a row that sees nothing gives zeros
 static __attribute__((noinline)) void attend_rows(const ELEMENT *const *q, const ELEMENT *k, i64 k_stride, const ELEMENT *v, i64 v_stride,
-                                                  const i64 *seen_from, const i64 *seen_to, i64 rows, ELEMENT *const *out) {
+                                                  const i64 *seen_from, const i64 *seen_to, i64 rows, ELEMENT *const *out
+#ifdef MASKED
+                                                  , const MASK_ELEMENT *const *masks
+#endif
+) {
   f32 sums[ROWS * WIDTH_PADDED] = {}, highest[ROWS], total[ROWS] = {}, weights[ROW_TILE][KEYS];
 #if KEYS_ALONG_LANES
   f32 turned[DEPTH_PADDED][KEYS], queries[ROWS][DEPTH_PADDED];
@@ -171,6 +181,13 @@ static __attribute__((noinline)) void attend_rows(const ELEMENT *const *q, const
       score_keys(queries + r, turned, high, weights);
 #else
       score_keys(q + r, k + start * k_stride, k_stride, DEPTH, high, weights);
+#endif
+#ifdef MASKED
+      for (int i = 0; i < ROW_TILE; ++i) {
+        const MASK_ELEMENT *const mask = masks[r + i] + start;
+#pragma GCC ivdep
+        for (i64 j = 0; j < last[i]; ++j) weights[i][j] = MASKED(weights[i][j], mask[j]);
+      }
 #endif
       f32 rescale[ROW_TILE];
       weigh(weights, first, last, highest + r, total + r, rescale);
