@@ -1,10 +1,11 @@
 """What a start of vLLM costs, and how fast it then answers: eager, with Inductor, and from a bundle.
 
-    python benchmarks/serve.py [--repeats 5] [--layers 4] [--state FOLDER] [--out benchmarks/results/serve.md]
-    python benchmarks/serve.py --report STATE... --out benchmarks/results/serve.md          # page and plot of what was measured
+    python benchmarks/serve.py --out benchmarks/results/serve.md        # the whole campaign, page and plot: 5 rounds at 4 and 36 layers
+    python benchmarks/serve.py --layers 4 --repeats 1                   # one round: 200 CPU s, about 3 minutes on two idle cores
+    python benchmarks/serve.py --repeats 0 --out ...                    # nothing more is measured: the page of what was
 
-Each run is a fresh server process with vLLM's own layout of processes; the contender that goes first changes from round to round, medians
-are reported.  A run that stands in STATE/runs.jsonl is not repeated, so that a campaign goes on where it stopped.
+Needs the extra `vllm`.  Each run is a fresh server process with vLLM's own layout of processes; the contender that goes first changes from
+round to round, medians are reported.  A run that stands in STATE/LAYERS/runs.jsonl is not repeated: a campaign goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -287,9 +288,8 @@ def page(states: Sequence[Path]) -> tuple[str, dict[str, Any], list[Panel]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--layers", type=int, default=4, choices=sorted(SIZES))
-    parser.add_argument("--state", type=Path, default=Path("serve_state"), help="where checkpoint, bundle, caches and results lie")
-    parser.add_argument("--report", nargs="+", type=Path, help="measure nothing: the page of these states")
+    parser.add_argument("--layers", type=int, nargs="+", default=sorted(SIZES), choices=sorted(SIZES))
+    parser.add_argument("--state", type=Path, default=Path("serve_state"), help="where checkpoints, bundles, caches and results lie")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -297,9 +297,10 @@ def main() -> None:
         job = json.loads(Path(options.child[0]).read_text())
         Path(options.child[1]).write_text(json.dumps(serve(**job)))
         return
-    if not options.report:
-        campaign(options.state.absolute(), options.layers, options.repeats)
-    text, data, panels = page(options.report or [options.state])
+    states = {layers: options.state.absolute() / str(layers) for layers in options.layers}
+    for layers, state in states.items() if options.repeats else ():
+        campaign(state, layers, options.repeats)
+    text, data, panels = page([state for state in states.values() if read(state)])
     print(text)
     if options.out:
         write(options.out, text, data)
