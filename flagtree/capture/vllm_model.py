@@ -11,6 +11,7 @@ import difflib
 import importlib
 import json
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -116,10 +117,17 @@ def _where(request: Request) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    """What an error of vLLM says, without its lists of everything that would have been right."""
+    """What an error of vLLM says, and at which line of the model's code tracing ended, without lists of everything that would have been
+    right."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = next((line for line in lines if "error, " in line or "rror:" in line), lines[0] if lines else "")
+    traced = [found for line in lines[:-1] if (found := _FRAME.match(line))]
+    if traced:
+        said += f", at {Path(traced[-1]['file']).name}:{traced[-1]['line']}: {lines[lines.index(traced[-1].string) + 1]}"
     return f"{type(error).__name__}: {said}"[:300]
+
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in ')  # of what Dynamo shows as "user code"
 
 
 # -- vLLM's configuration ----------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from flagtree.artifact.recording import RecordedGraph, read_recorded
 from flagtree.capture.ahead import capture_ahead, server_model
 from flagtree.errors import CaptureError
 from flagtree.graphs import compile_graphs
+from tests.serve.architectures import ARCHITECTURES
 
 pytestmark = pytest.mark.vllm
 QWEN3: dict[str, Any] = {
@@ -167,6 +168,14 @@ def test_what_vllm_does_not_have_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(CaptureError, match="no model class Qwen9ForCausalLM") as raised:
         capture_ahead(server_model(described(tmp_path / "m", {**QWEN3, "architectures": ["Qwen9ForCausalLM"]})), [1])
     assert "closest" in raised.value.why
+
+
+def test_what_vllm_cannot_trace_names_the_line_of_the_model(tmp_path: Path) -> None:
+    """Its CPU build does not route as MiniMax-M2 does, and says so by an assertion."""
+    with pytest.raises(CaptureError, match="vLLM cannot trace MiniMaxM2ForCausalLM") as raised:
+        capture_ahead(server_model(described(tmp_path / "m", ARCHITECTURES["minimax_m2"].configuration({}))), [1])
+    assert "cpu_router.py" in raised.value.why
+    assert 'self.scoring_func == "softmax"' in raised.value.why
 
 
 def test_the_graph_of_another_platform_is_refused_where_it_cannot_be_known(tmp_path: Path) -> None:
