@@ -43,7 +43,7 @@ def declared(program: Program, kernel: Kernel, symbols: Mapping[str, int]) -> di
     if (form := form_of(program)) is not None:
         told = attention_inputs.told(program, form, symbols)
         return {} if told is None else {told[0]: Limits(0, told[1], kind=ASCENDING if told[2] else WITHIN)}
-    if (known := experts.known(program, kernel)) is not None:
+    if (known := experts.known(program, kernel)) is not None and not known.product.dense:
         rows = kernel.axes[0].extent.evaluate(symbols)
         return {known.names.starts: Limits(0, rows, kind=ENDS), known.names.order: Limits(0, max(0, rows - 1), kind=PERMUTATION)}
     return {}

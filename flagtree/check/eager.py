@@ -45,7 +45,7 @@ def eager_of(graph: fx.Graph, program: Program, kernel: Kernel, isolated: Isolat
     if is_product(isolated.program):  # a template: its kernel has the names of the isolated form only
         return _call_recipe(isolated.program, PRODUCT, tuple({"buffer": b.name} for b in isolated.program.buffers[:-1]))
     if (known := experts.known(isolated.program, isolated.kernel)) is not None:
-        return product_recipe(isolated.program, known, activation_of(graph, kernel))
+        return product_recipe(isolated.program, known, activation_of(graph, kernel) if known.product.parts == 2 else "")
     if (form := attention.form_of(isolated.program)) is not None:
         if form.kind == attention.FULL and (form.causal or form.mask):
             return _sdpa_recipe(isolated.program, form)

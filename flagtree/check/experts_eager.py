@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,21 +19,24 @@ from flagtree.ir.experts import BLOCK, Known
 from flagtree.ir.index import Index
 from flagtree.ir.program import Kernel, Program
 from flagtree.lower.experts import DOWN, UP
+from flagtree.lower.quantised_products import DOWN as DOWN_SCALED
+from flagtree.lower.quantised_products import LINEAR
+from flagtree.lower.quantised_products import UP as UP_SCALED
 
 aten, ours = torch.ops.aten, torch.ops.flagtree
-_FUSED = "flagtree.fused_moe.default"
+_FUSED = ("flagtree.fused_moe.default", "flagtree.fused_moe_scaled.default")
 _ACTIVATIONS = {"silu": aten.silu.default, "gelu": aten.gelu.default}
 
 
 # -- the graph -------------------------------------------------------------------------------------------------------
 def in_pieces(graph: fx.Graph) -> fx.Graph:
-    """The graph with each `fused_moe` as its sort, products, gate and weighted sum, whose results have the names of lowering's buffers;
-    itself where it has none."""
-    if not any(str(node.target) == _FUSED for node in graph.nodes):
+    """The graph with each `fused_moe` (`fused_moe_scaled`) as its sort, products, gate and weighted sum, whose results have the names of
+    lowering's buffers; itself where it has none."""
+    if not any(str(node.target) in _FUSED for node in graph.nodes):
         return graph
     out, moved = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in graph.nodes:
-        if str(node.target) == _FUSED:
+        if str(node.target) in _FUSED:
             moved[node] = _Pieces(out, node, moved).write()
         else:
             moved[node] = out.node_copy(node, lambda n: moved[n])
@@ -45,10 +49,10 @@ class _Pieces:
     def __init__(self, graph: fx.Graph, node: fx.Node, moved: dict[fx.Node, fx.Node]) -> None:
         self.graph, self.node = graph, node
         self.mode = node.meta["val"].fake_mode
-        names = ("x", "gate_up", "down", "weights", "ids", "activation")
-        given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-        self.x, self.gate_up, self.down, self.weights, self.ids = (moved[given[n]] for n in names[:5])  # type: ignore[index]
-        self.activation = str(given.get("activation", "silu"))
+        named = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)) | dict(node.kwargs)  # type: ignore[union-attr]
+        self.activation = str(named.pop("activation", "silu"))
+        self.given = [moved[n] for n in named.values()]  # type: ignore[index]
+        self.x, self.weights, self.ids, self.scaled = self.given[0], *self.given[-2:], len(self.given) > 5
 
     def call(self, name: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A call; views of what exists share its memory."""
@@ -61,12 +65,24 @@ class _Pieces:
 
     def write(self) -> fx.Node:
         order, starts = self._sorted()
-        top_k, inner = self.ids.meta["val"].shape[1], self.down.meta["val"].shape[2]
-        both = self.call("both", ours.experts_up.default, self.x, self.gate_up, order, starts, top_k)
+        top_k = self.ids.meta["val"].shape[1]
+        both = self._product("both", (ours.experts_up, ours.experts_up_scaled), self.x, "x", self.given[1:3], order, starts, top_k)
+        inner = both.meta["val"].shape[1] // 2
         first, second = (self.call(f"half_{k}", aten.slice.Tensor, both, 1, k * inner, (k + 1) * inner) for k in (0, 1))
         active = self.call("active", _ACTIVATIONS[self.activation], first)
         gated = self.call("gated", aten.mul.Tensor, active, second)
-        return self._summed(self.call("results", ours.experts_down.default, gated, self.down, order, starts, top_k), top_k)
+        down = self.given[3:5] if self.scaled else self.given[2:3]
+        return self._summed(self._product("results", (ours.experts_down, ours.experts_down_scaled), gated, "gated", down, order, starts,
+                                          top_k), top_k)  # fmt: skip
+
+    def _product(self, name: str, callees: tuple[Any, Any], x: fx.Node, of: str, weight: Sequence[fx.Node], order: fx.Node,
+                 starts: fx.Node, top_k: int) -> fx.Node:  # fmt: skip
+        """A product of the rows by expert; with scales, of the rows quantised in groups."""
+        if not self.scaled:
+            return self.call(name, callees[0].default, x, weight[0], order, starts, top_k)
+        both = self.call(f"{of}_both", ours.quantise.default, x, BLOCK, weight[0].meta["val"].dtype)
+        q, scales = (self.call(f"{of}_{n}", operator.getitem, both, k) for k, n in enumerate(("quantised", "scales")))
+        return self.call(name, callees[1].default, q, scales, *weight, order, starts, top_k, x.meta["val"].dtype)
 
     def _sorted(self) -> tuple[fx.Node, fx.Node]:
         """The choices by expert, and where each expert's begin."""
@@ -74,7 +90,7 @@ class _Pieces:
         both = self.call("sorted", aten.sort.stable, flat, stable=True)
         ids, places = (self.call(f"sorted_{k}", operator.getitem, both, k) for k in (0, 1))
         order = self.call("order", aten._to_copy.default, places, dtype=torch.int32)
-        experts = self.down.meta["val"].shape[0]
+        experts = self.given[1].meta["val"].shape[0]
         all_ = self.call("experts", aten.arange.default, experts + 1, dtype=torch.int32, device=self.ids.meta["val"].device)
         return order, self.call("starts", aten.searchsorted.Tensor, ids, all_, out_int32=True)
 
@@ -101,33 +117,43 @@ def activation_of(graph: fx.Graph, kernel: Kernel) -> str:
 
 # -- a product as a kernel -------------------------------------------------------------------------------------------
 def product_recipe(program: Program, known: Known, activation: str) -> dict[str, Any]:
-    """The recipe of an isolated product: weights taken back, one library product for each expert, the gate.  Its sizes `tokens`,
-    `experts` and `columns` (of the result) may be given other values."""
+    """The recipe of an isolated product: weights taken back, one library product for each expert, the gate; or the definition of the
+    scaled product.  Its sizes `tokens`, `experts` and `columns` (of the result) may be given other values."""
+    product, names, out = known.product, known.names, program.buffers[-1].name
+    shapes = _shapes(program, known, out)
+    views = {name: _view(name, dtype, shape) for name, (dtype, shape) in shapes.items()}
+    if product.parts == 2:
+        columns, (dtype, shape) = Index.of("columns"), shapes[out]
+        views |= {f"half{k}": _view("both", dtype, shape, columns * 2, columns * k) for k in range(2)}
+    tokens = program.buffer(out if not product.up else names.x).shape[0]
+    experts = Index.of(1) if product.dense else program.buffer(names.w).shape[0]
+    sizes = {"tokens": tokens.to_json(), "experts": experts.to_json(), "columns": product.inner}
+    given = [n for n in (names.starts, names.order, names.x, names.x_scales, names.w, names.scales) if n]
+    return {"format": FORMAT, "views": views, "given": [[n, n] for n in given], "steps": _steps(known, out, activation),
+            "results": {out: out}, "sizes": sizes}  # fmt: skip
+
+
+def _shapes(program: Program, known: Known, out: str) -> dict[str, tuple[str, list[Index]]]:
+    """Type and shape of each operand, of the result, and of what is between."""
     product, names = known.product, known.names
-    out = program.buffers[-1].name
-    tokens = program.buffer(names.x if product.up else out).shape[0]
-    depth, wide = program.buffer(names.w).shape[2], Index.of("columns") * product.parts
-    rows, blocks = Index.of("tokens") * product.top_k, [-(-n // BLOCK) for n in (depth.constant or 0,)]
+    tokens, columns = Index.of("tokens"), Index.of("columns")
+    rows, wide, depth = tokens * product.top_k, columns * product.parts, program.buffer(names.w).shape[-1]
+    expert = [] if product.dense else [Index.of("experts")]
+    x_rows = tokens if product.up else rows
     shapes: dict[str, tuple[str, list[Index]]] = {
-        names.starts: ("i32", [Index.of("experts") + 1]), names.order: ("i32", [rows]),
-        names.x: (product.dtype, [Index.of("tokens") if product.up else rows, depth]),
-        names.w: (program.buffer(names.w).dtype, [Index.of("experts"), wide, depth]),
+        names.x: (program.buffer(names.x).dtype, [x_rows, depth]), names.w: (program.buffer(names.w).dtype, [*expert, wide, depth]),
     }  # fmt: skip
-    if product.quantised:
-        across = (Index.of("columns") * product.parts + (BLOCK - 1)) // BLOCK
-        shapes[names.scales] = ("f32", [Index.of("experts"), across, Index.of(blocks[0])])
-        shapes["plain"] = (product.dtype, [Index.of("experts"), wide, depth])
-    columns = Index.of("columns")
-    result = [rows, columns] if product.up else [Index.of("tokens"), Index.of(product.top_k), columns]
+    if not product.dense:
+        shapes |= {names.starts: ("i32", [Index.of("experts") + 1]), names.order: ("i32", [rows])}
+    if names.scales:
+        shared, blocks = product.shared or BLOCK, program.buffer(names.scales).shape[-1]
+        shapes[names.scales] = ("f32", [*expert, wide if shared == 1 else (wide + (shared - 1)) // shared, blocks])
+        shapes |= {names.x_scales: ("f32", [x_rows, blocks])} if product.scaled else {"plain": (product.dtype, [*expert, wide, depth])}
+    result = [rows, columns] if product.up or product.dense else [tokens, Index.of(product.top_k), columns]
     shapes[out] = (product.dtype, result)
     if product.parts == 2:
         shapes |= {"both": (product.dtype, [rows, wide]), "active": (product.dtype, result)}
-    views = {name: _view(name, dtype, shape) for name, (dtype, shape) in shapes.items()}
-    views |= {f"half{k}": _view("both", product.dtype, result, wide, columns * k) for k in range(2) if product.parts == 2}
-    given = [n for n in (names.starts, names.order, names.x, names.w, names.scales) if n]
-    sizes = {"tokens": tokens.to_json(), "experts": program.buffer(names.w).shape[0].to_json(), "columns": product.inner}
-    return {"format": FORMAT, "views": views, "given": [[n, n] for n in given], "steps": _steps(known, out, activation),
-            "results": {out: out}, "sizes": sizes}  # fmt: skip
+    return shapes
 
 
 def _steps(known: Known, out: str, activation: str) -> list[dict[str, Any]]:
@@ -136,9 +162,13 @@ def _steps(known: Known, out: str, activation: str) -> list[dict[str, Any]]:
     def call(callee: str, output: str, *args: object) -> dict[str, Any]:
         return {"extern": callee, "args": [{"buffer": a} if isinstance(a, str) else a for a in args], "kwargs": {}, "outputs": [output]}
 
+    kind = {"type": ["dtype", product.dtype]}
+    if product.scaled:
+        rest = () if product.dense else (names.order, names.starts, product.top_k)
+        callee = LINEAR if product.dense else UP_SCALED if product.up else DOWN_SCALED
+        return [call(callee, out, names.x, names.x_scales, names.w, names.scales, *rest, kind)]
     steps = []
     if product.quantised:
-        kind = {"type": ["dtype", product.dtype]}
         steps.append(call("flagtree.dequantise.default", "plain", names.w, names.scales, BLOCK, BLOCK, kind))
     w, first = "plain" if product.quantised else names.w, "both" if product.parts == 2 else out
     steps.append(call(UP if product.up else DOWN, first, names.x, w, names.order, names.starts, product.top_k))

@@ -72,6 +72,8 @@ def _instances(program: Program, symbols: Mapping[str, int], seed: int) -> Insta
     kernel = kernel_of(program)
     if (known := experts.known(program, kernel)) is None:
         return Instances(program, symbols)
+    if known.product.dense:
+        return Tiles(program, kernel, known, symbols, [0, kernel.axes[0].extent.evaluate(symbols)])
     starts = Positions(program, symbols, seed).whole(known.names.starts)
     return Tiles(program, kernel, known, symbols, starts.tolist())
 

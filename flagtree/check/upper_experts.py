@@ -23,41 +23,44 @@ def eager_tiles(program: Program, known: Known, tensors: Mapping[str, Tensor], p
     product, names = known.product, known.names
     out = program.buffers[-1].name
     rows, row_of = torch.unique(points[ROW], return_inverse=True)
-    block = BLOCK if product.quantised else 1
+    block = BLOCK if product.quantised else max(1, product.shared)
     blocks, block_of = torch.unique(points[COLUMN] // block, return_inverse=True)
     columns = (blocks[:, None] * block + torch.arange(block)).flatten()
+    columns = columns[columns < product.inner]
     small = _small(known, tensors, rows, columns, blocks)
-    sizes = {"tokens": len(rows), "experts": len(small[names.starts]) - 1, "columns": len(columns)}
+    sizes = {"tokens": len(rows), "experts": 1 if product.dense else len(small[names.starts]) - 1, "columns": len(columns)}
     try:
         theirs = eager(small, sizes)[out]
     except NoEager as error:
         return Beside(why=error.why)
     column_of = block_of * block + points[COLUMN] % block
-    values = theirs[row_of, column_of] if product.up else theirs[row_of, 0, column_of]
+    values = theirs[row_of, column_of] if product.up or product.dense else theirs[row_of, 0, column_of]
     return Beside({out: torch.arange(len(values))}, {out: values})
 
 
 def _small(known: Known, tensors: Mapping[str, Tensor], rows: Tensor, columns: Tensor, blocks: Tensor) -> dict[str, Tensor]:
     """The operands of a product of one token a row.  Its other choices, which nobody looks at, are the last expert's."""
     product, names = known.product, known.names
+    parts = torch.cat([columns + part * product.inner for part in range(product.parts)])
+    scales = parts if product.shared == 1 else torch.cat([blocks + part * (product.inner // BLOCK) for part in range(product.parts)])
+    if product.dense:
+        chosen = ((names.x, rows), (names.x_scales, rows), (names.w, parts), (names.scales, scales))
+        return {name: _rows(tensors[name], at) for name, at in chosen}
     count, top_k = len(rows), product.top_k
-    ends = tensors[names.starts][1:].long()
-    used, own = torch.unique(torch.searchsorted(ends, rows, right=True), return_inverse=True)
+    used, own = torch.unique(torch.searchsorted(tensors[names.starts][1:].long(), rows, right=True), return_inverse=True)
     starts = torch.cat([torch.zeros(1), torch.bincount(own, minlength=len(used)).cumsum(0)]).to(torch.int32)
     starts[-1] = count * top_k
-    looked_at = torch.arange(count) * top_k
     others = torch.arange(count * top_k)[torch.arange(count * top_k) % top_k != 0]
-    found = {names.starts: starts, names.order: torch.cat([looked_at, others]).to(torch.int32)}
+    order = torch.cat([torch.arange(count) * top_k, others]).to(torch.int32)
+    found = {names.starts: starts, names.order: order}
     if product.up:
-        found[names.x] = tensors[names.x][torch.div(tensors[names.order][rows], top_k, rounding_mode="floor").long()]
-    else:
-        x = tensors[names.x]
-        found[names.x] = torch.cat([x[rows], x.new_zeros(len(others), x.shape[1])])
-    parts = torch.cat([columns + part * product.inner for part in range(product.parts)])
-    found[names.w] = torch.stack([_rows(tensors[names.w][e], parts) for e in used.tolist()])
-    if product.quantised:
-        parts = torch.cat([blocks + part * (product.inner // BLOCK) for part in range(product.parts)])
-        found[names.scales] = torch.stack([tensors[names.scales][e][parts] for e in used.tolist()])
+        rows = torch.div(tensors[names.order][rows], top_k, rounding_mode="floor").long()
+    for name in (n for n in (names.x, names.x_scales) if n):
+        taken = _rows(tensors[name], rows)
+        found[name] = taken if product.up else torch.cat([taken, taken.new_zeros(len(others), taken.shape[1])])
+    for name, at in ((names.w, parts), (names.scales, scales)):
+        if name:
+            found[name] = torch.stack([_rows(tensors[name][e], at) for e in used.tolist()])
     return found
 
 

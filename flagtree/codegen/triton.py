@@ -71,7 +71,7 @@ def generate(program: Program, digest: str, target: Target) -> TritonSource:
         if (form := form_of(program)) is not None:
             return _attention(program, kernel, form, schedule, function)
         if (product := experts.known(program, kernel)) is not None:
-            return _product(program, kernel, product, schedule, function)
+            return _product(program, kernel, product, schedule, function, "f8e4m3fn" in target.dtypes)
         flat = flatten(program.with_(steps=(replace(kernel, schedule=schedule),)))
         return _write(program, kernel, flat, flat.schedule or schedule, function, schedule.warps * target.warp)
     except CodegenError as e:
@@ -132,11 +132,14 @@ def _signature(program: Program) -> tuple[tuple[str, str], ...]:
     return pointers + tuple((s.name, f"i{_symbol_width(s)}") for s in program.symbols)
 
 
-def _product(program: Program, kernel: Kernel, product: experts.Known, schedule: Schedule, function: str) -> TritonSource:
-    """A product of experts, from its template."""
+def _product(program: Program, kernel: Kernel, product: experts.Known, schedule: Schedule, function: str,
+             float8: bool) -> TritonSource:  # fmt: skip
+    """A product from its template; `float8`: the target multiplies e4m3fn."""
     helpers: set[str] = set()
     context = triton_experts.context(program, kernel, product, helpers.add)
-    lines = _environment().get_template("triton_experts.py.j2").render(context).rstrip("\n").split("\n")
+    template = "triton_scaled.py.j2" if product.product.scaled else "triton_experts.py.j2"
+    context |= triton_experts.scaled(kernel, product, float8) if product.product.scaled else {}
+    lines = _environment().get_template(template).render(context).rstrip("\n").split("\n")
     signature = _signature(program)
     grid = triton_experts.grid(program, kernel, product)
     return TritonSource(

@@ -1,11 +1,13 @@
-"""The products of a mixture of experts as kernels: rows sorted by expert times that expert's weights, with what follows for each element.
+"""Products as kernels: rows sorted by expert times that expert's weights, or all rows times one, and what follows for each element.
 
 Invariant: the body says it all (which expert, which rows, the sums, the roundings), so that the interpreter, the digest and the counted
-bytes need nothing else; code generation for GPUs knows the body again (`known`) and writes tiles.  `passes/expert_products.py` makes it.
+bytes need nothing else; code generation for GPUs knows the body again (`known`) and writes tiles.  `passes/expert_products.py` makes those
+of floats, `passes/scaled_products.py` those of e4m3fn or int8 with scales on both sides.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from flagtree.ir.dtypes import DTYPES
@@ -14,6 +16,7 @@ from flagtree.ir.program import Access, Axis, BodyOp, Compute, IndexValue, Kerne
 
 ROW, COLUMN, EXPERT, DEPTH = "i0", "i1", "r0", "r1"  # the axes of every such kernel
 DTYPES_OF = frozenset({"f32", "f16", "bf16"})
+SCALED = frozenset({"f8e4m3fn", "i8"})
 BLOCK = 128  # rows and columns of w that share a scale, where it is quantised
 
 
@@ -28,17 +31,30 @@ class Product:
     inner: int
     parts: int
     quantised: bool = False  # w is e4m3fn with a scale for each block of 128 x 128; taken back and rounded to `dtype` as it is read
+    scaled: str = ""  # the type of x and w, f8e4m3fn or i8: the products of a block are summed alone, then scaled by both its scales
+    group: int = 0  # columns of x and w to a scale,
+    shared: int = 0  # rows of w to a scale
+    dense: bool = False  # one w [inner, K] for all rows: no experts
 
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """The buffers of a product: order i32 [N], starts i32 [E + 1], x, w [E, parts * inner, K]."""
+    """The buffers of a product: order i32 [N], starts i32 [E + 1] (none where dense), x, w [E, parts * inner, K], scales of both."""
 
     starts: str
     order: str
     x: str
     w: str
     scales: str = ""
+    x_scales: str = ""
+
+
+def scaled_axes(product: Product, rows: Index, experts: Index, blocks: Index) -> tuple[Axis, ...]:
+    """The domain of a scaled product: as `axes`, the depth in blocks and places within them; no experts where dense."""
+    whole = (Index.of(product.inner), *(() if product.dense else (experts,)), blocks, Index.of(product.group))
+    kinds = ["parallel", "parallel", *["reduce"] * (len(whole) - 1)]
+    names = (ROW, COLUMN, *(f"r{k}" for k in range(len(whole) - 1)))
+    return tuple(Axis(n, e, k) for n, e, k in zip(names, (rows, *whole), kinds, strict=True))
 
 
 def axes(rows: Index, columns: Index, experts: Index, depth: Index) -> tuple[Axis, ...]:
@@ -49,7 +65,7 @@ def axes(rows: Index, columns: Index, experts: Index, depth: Index) -> tuple[Axi
 def sums(product: Product, names: Names) -> tuple[tuple[BodyOp, ...], tuple[str, ...], Index]:
     """(body, the f32 sums that it ends in, the row's choice order[i0] as an index).  The row's expert is the number of experts that end
     before or at it."""
-    body: list[BodyOp] = [
+    body: list[BodyOp] = [] if product.dense else [
         Load("v0", "i32", Access(names.starts, (Index.of(EXPERT) + 1,))),
         IndexValue("v1", "i32", Index.of(ROW)),
         Compute("v2", "b1", "le", ("v0", "v1")),
@@ -67,6 +83,9 @@ def sums(product: Product, names: Names) -> tuple[tuple[BodyOp, ...], tuple[str,
         return name if product.dtype == "f32" else add(Compute, "f32", "cast", (name,))
 
     row = Index.of("v6") if product.up else Index.of(ROW)
+    if product.scaled:
+        total = _scaled(product, names, row, add, body)
+        return tuple(body), (total,), Index.of(ROW if product.dense else "v5")
     x = wide(add(Load, product.dtype, Access(names.x, (row, Index.of(DEPTH)))))
     found = []
     for part in range(product.parts):
@@ -85,6 +104,24 @@ def sums(product: Product, names: Names) -> tuple[tuple[BodyOp, ...], tuple[str,
     return tuple(body), tuple(found), Index.of("v5")
 
 
+def _scaled(product: Product, names: Names, row: Index, add: Callable[..., str], body: list[BodyOp]) -> str:
+    """The sum over blocks of each block's own sum times its two scales."""
+    expert = () if product.dense else (Index.of("v4"),)
+    block, place = (Index.of(n) for n in (("r0", "r1") if product.dense else ("r1", "r2")))
+    depth, column = block * product.group + place, Index.of(COLUMN)
+    accumulator = "i32" if product.scaled == "i8" else "f32"
+    sides = [add(Load, product.scaled, Access(n, at)) for n, at in ((names.x, (row, depth)), (names.w, (*expert, column, depth)))]
+    term = add(Compute, accumulator, "mul", tuple(add(Compute, accumulator, "cast", (side,)) for side in sides))
+    body.append(Reduce((part := f"v{len(body)}",), (accumulator,), "sum", (term,), (str(place),)))
+    if accumulator != "f32":
+        part = add(Compute, "f32", "cast", (part,))
+    shared = column if product.shared == 1 else floordiv(column, Index.of(product.shared))
+    scales = (add(Load, "f32", Access(names.x_scales, (row, block))), add(Load, "f32", Access(names.scales, (*expert, shared, block))))
+    scaled = add(Compute, "f32", "mul", (part, add(Compute, "f32", "mul", scales)))
+    body.append(Reduce((total := f"v{len(body)}",), ("f32",), "sum", (scaled,), (str(block),)))
+    return total
+
+
 @dataclass(frozen=True, slots=True)
 class Known:
     """A product read back from a kernel: `after` follows the sums, for each element of the result."""
@@ -98,6 +135,8 @@ class Known:
 def known(program: Program, kernel: Kernel) -> Known | None:
     """The product that a kernel with canonical names is, or None."""
     loads = kernel.loads
+    if kernel.numerics.fp_contract and len(loads) >= 4 and any(op.dtype in SCALED for op in loads[:3]):
+        return _known_scaled(program, kernel)
     if not kernel.numerics.fp_contract or len(loads) < 4 or [a.name for a in kernel.axes] != [ROW, COLUMN, EXPERT, DEPTH]:
         return None
     names = Names(*(op.access.buffer for op in loads[:4]))
@@ -118,3 +157,25 @@ def known(program: Program, kernel: Kernel) -> Known | None:
     if kernel.body[: len(body)] != body or not all(isinstance(op, Compute | Store) for op in after):
         return None
     return Known(product, names, found, after)
+
+
+def _known_scaled(program: Program, kernel: Kernel) -> Known | None:
+    """A scaled product read back."""
+    loads, dense = kernel.loads, kernel.loads[0].dtype in SCALED
+    found = loads if dense else loads[2:]
+    inner, group = kernel.axes[1].extent.constant, kernel.axes[-1].extent.constant
+    if len(found) != 4 or len(kernel.axes) != (4 if dense else 5) or inner is None or group is None or not kernel.stores:
+        return None
+    starts, order = ("", "") if dense else (loads[0].access.buffer, loads[1].access.buffer)
+    names = Names(starts, order, *(found[k].access.buffer for k in (0, 1, 3, 2)))
+    divisor = next((op.args[1] for op in kernel.body if isinstance(op, Compute) and op.op == "floordiv"), 1)
+    up = not dense and found[0].access.index[0] != Index.of(ROW)
+    shared = 1 if found[3].access.index[-2] == Index.of(COLUMN) else BLOCK
+    dtype = program.buffer(kernel.stores[0].access.buffer).dtype
+    if isinstance(divisor, bool) or not isinstance(divisor, int):
+        return None
+    product = Product(up, dtype, divisor, inner, 1, scaled=found[0].dtype, group=group, shared=shared, dense=dense)
+    body, totals, _ = sums(product, names)
+    after = kernel.body[len(body):]
+    plain = kernel.body[: len(body)] == body and all(isinstance(op, Compute | Store) for op in after)
+    return Known(product, names, totals, after) if plain else None

@@ -81,21 +81,26 @@ def _greatest(body: Body, keys: Value, score: Value, axis: Index, count: int) ->
 def _experts(lowering: Lowering, call: Call) -> None:
     """flagtree.fused_moe in five steps; a target's pass may take several of them together."""
     x, gate_up, down, weights, ids = (call.tensor(k) for k in range(5))
-    top_k, inner = ids.shape[1].constant, down.shape[2]
-    if top_k is None or top_k > _MOST_CHOICES or inner.constant is None:
-        raise NotLowered(f"{ids.shape[1]} experts a token, {inner} wide")
-    rows = ids.shape[0] * top_k
-    order = lowering.temp(call, "order", "i32", [rows])
-    starts = lowering.temp(call, "starts", "i32", [down.shape[0] + ONE])
-    _sort(call, ids, order, starts, rows)
-    both = lowering.temp(call, "both", x.dtype, [rows, inner * 2])
+    top_k, order, starts = sorted_rows(lowering, call, ids, down)
+    both = lowering.temp(call, "both", x.dtype, [order.shape[0], down.shape[2] * 2])
     _grouped(lowering, call, UP, (x, gate_up, order, starts), top_k, both)
-    gated = lowering.temp(call, "gated", x.dtype, [rows, inner])
+    gated = lowering.temp(call, "gated", x.dtype, [order.shape[0], down.shape[2]])
     body = gate(both, gated, call.argument(5, "activation"))
     call.emit(body, suffix="gate")
     results = lowering.temp(call, "results", x.dtype, [ids.shape[0], Index.of(top_k), x.shape[1]])
     _grouped(lowering, call, DOWN, (gated, down, order, starts), top_k, results)
-    _combine(call, weights, results, top_k)
+    combine(call, weights, results, top_k)
+
+
+def sorted_rows(lowering: Lowering, call: Call, ids: Tensor, down: Tensor) -> tuple[int, Tensor, Tensor]:
+    """(choices a token, the choices by expert, where each expert's begin) of experts whose second weights are `down`."""
+    top_k, inner = ids.shape[1].constant, down.shape[2].constant
+    if top_k is None or top_k > _MOST_CHOICES or inner is None:
+        raise NotLowered(f"{ids.shape[1]} experts a token, {down.shape[2]} wide")
+    order = lowering.temp(call, "order", "i32", [ids.shape[0] * top_k])
+    starts = lowering.temp(call, "starts", "i32", [down.shape[0] + ONE])
+    _sort(call, ids, order, starts, ids.shape[0] * top_k)
+    return top_k, order, starts
 
 
 def _sort(call: Call, ids: Tensor, order: Tensor, starts: Tensor, rows: Index) -> None:
@@ -130,7 +135,8 @@ def gate(both: Tensor, gated: Tensor, activation: str) -> Body:
     return body
 
 
-def _combine(call: Call, weights: Tensor, results: Tensor, top_k: int) -> None:
+def combine(call: Call, weights: Tensor, results: Tensor, top_k: int) -> None:
+    """The sum over a token's choices in their order, weighted, in f32, rounded once."""
     out = call.out()
     body = Body(out.shape)
     token, column = body.point

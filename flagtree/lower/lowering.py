@@ -28,11 +28,12 @@ from flagtree.lower.memory import MEMORY
 from flagtree.lower.normalisation import NORMALISATIONS
 from flagtree.lower.pointwise import KEPT_OPERANDS, POINTWISE, REFUSED_OVERLOADS
 from flagtree.lower.quantise import QUANTISATION
+from flagtree.lower.quantised_products import QUANTISED_PRODUCTS
 from flagtree.lower.reduction import REDUCTIONS
 from flagtree.lower.sizes import Sizes
 
 FROM_TORCH = {getattr(torch, v): k for k, v in TORCH_NAMES.items() if hasattr(torch, v)}
-RULES = {**REDUCTIONS, **NORMALISATIONS, **MEMORY, **BACKWARD, **EXPERTS, **QUANTISATION}
+RULES = {**REDUCTIONS, **NORMALISATIONS, **MEMORY, **BACKWARD, **EXPERTS, **QUANTISATION, **QUANTISED_PRODUCTS}
 # they change a tensor's autograd record, not its values
 NO_OPERATION = frozenset({"aten.detach_", "aten.lift_fresh", "aten.requires_grad_"})
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from flagtree.ir.index import Index, floordiv
-from flagtree.lower.builder import Body, NotLowered
+from flagtree.lower.builder import Body, NotLowered, Tensor
 
 if TYPE_CHECKING:
     from flagtree.lower.lowering import Call, Lowering
@@ -24,6 +24,11 @@ def _quantise(lowering: Lowering, call: Call) -> None:
     x, group = call.tensor(0), call.argument(1, "group")
     q, scales = call.outs()
     target = q.dtype if q is not None else "i8" if call.argument(2, "dtype") == torch.int8 else "f8e4m3fn"
+    call.emit(quantised(x, group, target, q, scales))
+
+
+def quantised(x: Tensor, group: int, target: str, q: Tensor | None, scales: Tensor | None) -> Body:
+    """The kernel of `flagtree::quantise`: rows of x in groups (0: whole rows), to `target`; a result that is None is not stored."""
     width = x.shape[-1]
     if group and width != Index.of(group):
         groups = floordiv(width, Index.of(group))
@@ -46,7 +51,7 @@ def _quantise(lowering: Lowering, call: Call) -> None:
         if target == "i8":
             y = body.op("where", body.op("isnan", y), 0.0, body.op("round", y))
         body.store(q, place, body.op("min", body.op("max", y, -limit), limit))
-    call.emit(body)
+    return body
 
 
 def _dequantise(lowering: Lowering, call: Call) -> None:

@@ -23,14 +23,15 @@ from flagtree.passes.fuse_reduction import FuseReduction
 from flagtree.passes.group_heads import GroupHeads
 from flagtree.passes.lookups import Lookups
 from flagtree.passes.reinplace import Reinplace
+from flagtree.passes.scaled_products import ScaledProducts
 from flagtree.passes.schedule import ScheduleKernels
 from flagtree.passes.small_products import SmallProducts
 from flagtree.passes.split_reduction import SplitReduction
 from flagtree.targets.base import Target
 
 _OURS = (
-    Canonicalize, GroupHeads, Lookups, Reinplace, FusePointwise, FuseReduction, SmallProducts, ExpertProducts, SplitReduction, Attention,
-    ScheduleKernels,
+    Canonicalize, GroupHeads, Lookups, Reinplace, FusePointwise, FuseReduction, SmallProducts, ExpertProducts, ScaledProducts,
+    SplitReduction, Attention, ScheduleKernels,
 )  # fmt: skip
 PASSES: dict[str, type] = {p.name: p for p in _OURS}
 _SPEC = r"([A-Za-z_]\w*)\s*(?:\{([^}]*)\})?\s*(?:,|$)"
@@ -59,6 +60,7 @@ def pipeline(target: Target) -> tuple[Pass, ...]:
         Canonicalize(),
         SmallProducts(),     # products of few rows as our own kernel
         ExpertProducts(),    # the products of a mixture of experts, gate included, as our own kernels
+        ScaledProducts(),    # products of quantised activations and weights as our own kernels
         SplitReduction(),    # long sums over rows into partial and final
         Attention(),         # attention as our own kernel, where the target's facts say so
         ScheduleKernels(),   # tiles under the target's limits

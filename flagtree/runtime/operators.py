@@ -24,6 +24,7 @@ from flagtree.runtime import attention_variants as attention_variants  # registe
 from flagtree.runtime import expert_products as expert_products  # the products of a mixture of experts,
 from flagtree.runtime import experts as experts  # the whole of it,
 from flagtree.runtime import quantised as quantised  # quantisation,
+from flagtree.runtime import quantised_products as quantised_products  # products of what is quantised,
 from flagtree.runtime import refusals as refusals  # and what refuses a bad index
 from flagtree.runtime.attention_variants import grouped
 

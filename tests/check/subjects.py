@@ -20,8 +20,8 @@ from flagtree.toolchain.build import toolchain_of
 from tests.codegen.test_triton_experts import lowered_export
 
 
-def subjects_of(function: Callable, operands: tuple[torch.Tensor, ...], target: Target, most: int = 4096) -> list[Subject]:
-    """Of a function whose first dimension of every operand that has as many rows as the first one is free up to `most`."""
+def lowered_function_of(function: Callable, operands: tuple[torch.Tensor, ...], most: int) -> tuple[fx.Graph, Lowered]:
+    """Graph and program of a function whose operands of as many rows as the first have any number of them up to `most`."""
 
     class Whole(torch.nn.Module):
         def forward(self, *given):
@@ -29,7 +29,12 @@ def subjects_of(function: Callable, operands: tuple[torch.Tensor, ...], target: 
 
     rows = torch.export.Dim("rows", min=1, max=most)
     free = (tuple({0: rows} if t.ndim > 1 and len(t) == len(operands[0]) else None for t in operands),)
-    return subjects(*lowered_export(torch.export.export(Whole(), operands, dynamic_shapes=free)), target)
+    return lowered_export(torch.export.export(Whole(), operands, dynamic_shapes=free))
+
+
+def subjects_of(function: Callable, operands: tuple[torch.Tensor, ...], target: Target, most: int = 4096) -> list[Subject]:
+    """Of `lowered_function_of`."""
+    return subjects(*lowered_function_of(function, operands, most), target)
 
 
 def subjects(graph: fx.Graph, before: Lowered, target: Target) -> list[Subject]:
