@@ -56,7 +56,9 @@ class Positions:
         fields = sum(((bits >> shift) & 0xFFFF).to(torch.float64) for shift in (0, 16, 32, 48))
         assert isinstance(fields, Tensor)
         normal = (fields / 65536 - 2) * 3**0.5  # four uniform numbers: mean 0, variance 1
-        further = scattered(bits, 1)
-        rare = between(scattered(bits, 2), 0, RARE) == 0
-        found = shaped(self.kind, normal, lambda low, high: between(further, low, high), lambda: rare, dtype, positive)
+
+        def integers(low: int, high: int) -> Tensor:
+            return between(scattered(bits, 1), low, high)
+
+        found = shaped(self.kind, normal, integers, lambda: between(scattered(bits, 2), 0, RARE) == 0, dtype, positive)
         return found.to(torch_dtype(dtype))

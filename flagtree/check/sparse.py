@@ -7,6 +7,7 @@ the upper end of symbols' ranges: check/upper.py in the emulator, check/upper_na
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -59,8 +60,13 @@ class Expected:
         self.flat, positions = flat, Positions(program, symbols, seed, kind)
         tensors = {b.name: torch.as_strided(flat[b.name], *_geometry(b, symbols)) for b in program.buffers}
 
+        self.filled: list[tuple[str, Tensor, Tensor]] = []  # buffer, offsets, values
+
         def fill(buffer: str, offsets: Tensor) -> None:
-            self.flat[buffer][offsets] = positions.at(buffer, offsets)
+            offsets = _distinct(offsets, len(next(iter(points.values()), ())))
+            values = positions.at(buffer, offsets)
+            self.flat[buffer][offsets] = values
+            self.filled.append((buffer, offsets, values))
 
         self.own = stores_at(program, kernel, tensors, symbols, points, reading=fill)
         self.truth = stores_at(program, kernel, tensors, symbols, points, precise=True)
@@ -68,10 +74,23 @@ class Expected:
         with contextlib.suppress(IRError):  # a combiner without a stated bound
             self.enclosed = enclose(program, kernel, tensors, symbols, points, stated)
         self.beside = NOT_ASKED if eager is None else _eager(program, tensors, symbols, points, self.own, eager)
-        for name, stored in self.own.items():
-            if program.buffer(name).role == "temp":
-                self.flat[name][stored.offsets] = unwritten(self.flat[name].dtype)
+        self.blank = [name for name in self.own if program.buffer(name).role == "temp"]
+        self._start()
+
+    def _start(self) -> None:
+        """What the points only store is nothing yet."""
+        for name in self.blank:
+            self.flat[name][self.own[name].offsets] = unwritten(self.flat[name].dtype)
         self.before = self.stored()
+
+    def elsewhere(self, flat: Mapping[str, Tensor]) -> Expected:
+        """The same inputs in other memory, which is all zero."""
+        other = copy.copy(self)
+        other.flat = flat
+        for buffer, offsets, values in self.filled:
+            flat[buffer][offsets] = values
+        other._start()
+        return other
 
     def stored(self) -> dict[str, Tensor]:
         """What is now where the points store, by buffer."""
@@ -86,6 +105,17 @@ class Expected:
         """The record of what was executed."""
         own, truth = ({name: s.values for name, s in found.items()} for found in (self.own, self.truth))
         return Sampled(what, ways, ours, own, truth, self.enclosed, self.beside)
+
+
+def _distinct(offsets: Tensor, points: int) -> Tensor:
+    """Without those that several points read in the same way, as the points of a row of a product do."""
+    if not points or len(offsets) % points or len(offsets) <= points:
+        return offsets
+    each = offsets.view(points, -1)
+    first, of = torch.unique(each[:, 0], return_inverse=True)
+    chosen = torch.empty(len(first), dtype=torch.int64)
+    chosen[of] = torch.arange(points)
+    return each[chosen].flatten() if torch.equal(each[chosen][of], each) else offsets
 
 
 def _eager(

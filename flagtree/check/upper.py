@@ -52,11 +52,15 @@ def run_blocks(
     columns = {name: torch.tensor([p[name] for p in points]) for name in points[0]}
     variants = [v for v in ("aligned", "generic") if f"{v}.llir" in built.files and fits(built, v, symbols)]
     first: Sampled | None = None
+    expected: Expected | None = None
     for variant in variants:
         spans = [(elements(b, symbols), torch_dtype(b.dtype)) for b in program.buffers]
         with SparseMemory(spans, shift=0 if variant == "aligned" else 1) as memory:
             flat = {b.name: memory.tensors[i] for i, b in enumerate(program.buffers)}
-            expected = Expected(program, symbols, flat, columns, seed, stated, eager if first is None else None, kind)
+            if expected is None:
+                expected = Expected(program, symbols, flat, columns, seed, stated, eager, kind)
+            else:
+                expected = expected.elsewhere(flat)
             run = partial(emulator.execute_in, built, variant, memory, values, blocks, seconds=seconds)
             ours = _in_all_orders(memory, expected, run, orders, variant)
             found = expected.sampled(ours, f"blocks {_listed(blocks)} of {grid}", tuple(variants))
