@@ -102,7 +102,8 @@ def amdgcn_facts(text: str) -> dict[str, object]:
 
 
 def build(request: dict[str, Any]) -> dict[str, object]:
-    """Compile both variants.  The aligned one goes the whole way; the generic one starts at its TTGIR without the promises.
+    """Compile both variants.  The aligned one goes the whole way; the generic one starts at its TTGIR without the promises.  Copies that
+    run ahead of a loop need them (NVIDIA's move no less than four bytes): where there are any its loads wait; layouts and sums stay.
 
     Answers {"variants": {name: {"stages": [...], facts...}}}; the files are `<variant>.<stage>` in the request's folder.
     """
@@ -121,10 +122,13 @@ def build(request: dict[str, Any]) -> dict[str, object]:
     attrs = {(k,): [["tt.divisibility", 16]] for k, (name, _) in enumerate(request["signature"]) if name in request["aligned"]}
     backend, arch, warp = request["gpu"]
     target = GPUTarget(backend, arch, warp)
-    aligned = triton.compile(ASTSource(kernel, signature, constexprs, attrs), target=target, options=request["options"])
+    source = ASTSource(kernel, signature, constexprs, attrs)
+    aligned = triton.compile(source, target=target, options=request["options"])
     variants: dict[str, Any] = {}
     last = "ttgir" if "ttgir" in aligned.asm else "ttir"
     promised = aligned.asm[last] if last == "ttgir" else aligned.asm[last].decode()  # the last stage of all comes as bytes
+    if "ttg.async_copy_global_to_local" in promised:
+        promised = triton.compile(source, target=target, options={**request["options"], "num_stages": 1}).asm[last]
     unpromised = without_promises(promised)
     if unpromised == promised:
         variants["generic"] = (aligned, {**aligned.asm, last: promised})

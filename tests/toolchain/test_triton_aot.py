@@ -15,6 +15,7 @@ import pytest
 
 from flagtree.codegen.triton import TritonSource
 from flagtree.errors import ToolchainError
+from flagtree.ir.parse import parse_program
 from flagtree.settings import settings
 from flagtree.targets import find_target, stock_triton
 from flagtree.targets.base import Target
@@ -254,3 +255,53 @@ def test_stock_triton_31_compiles_every_kernel(tmp_path: Path) -> None:
 def test_the_pool_is_idle_when_nothing_is_built() -> None:
     assert build([], SM90, jobs=4) == []
     assert triton_aot.check_triton().startswith("3.")
+
+
+PRODUCT = """program isolated
+  symbol n0 in 1..512 from argument
+  buffer b0: i32[5] input
+  buffer b1: i32[2*n0] input
+  buffer b2: bf16[n0, 256] input
+  buffer b3: bf16[4, 256, 256] input
+  buffer b4: bf16[2*n0, 128] temp
+  kernel kernel {i0 < 2*n0, i1 < 128} reduce {r0 < 4, r1 < 256} numerics(eager, contract=on, acc=f32)
+    schedule lane=i1 tiles(i0=64, i1=64, r1=64) loop(r1) warps=4 stages=2
+    v0: i32 = load b0[r0 + 1]
+    v1: i32 = index i0
+    v2: b1 = le v0, v1
+    v3: i32 = cast v2
+    v4: i32 = sum v3 over r0
+    v5: i32 = load b1[i0]
+    v6: i32 = floordiv v5, 2
+    v7: bf16 = load b2[v6, r1]
+    v8: f32 = cast v7
+    v9: bf16 = load b3[v4, i1, r1]
+    v10: f32 = cast v9
+    v11: f32 = mul v8, v10
+    v12: f32 = sum v11 over r1
+    v13: bf16 = load b3[v4, i1 + 128, r1]
+    v14: f32 = cast v13
+    v15: f32 = mul v8, v14
+    v16: f32 = sum v15 over r1
+    v17: bf16 = cast v12
+    v18: bf16 = cast v16
+    v19: f32 = cast v17
+    v20: f32 = cast v18
+    v21: f32 = neg v19
+    v22: f32 = exp v21
+    v23: f32 = add 1.0, v22
+    v24: f32 = div v19, v23
+    v25: bf16 = cast v24
+    v26: f32 = cast v25
+    v27: f32 = mul v26, v20
+    v28: bf16 = cast v27
+    store b4[i0, i1] = v28
+  outputs b4
+"""
+
+
+def test_copies_ahead_of_a_loop_are_the_aligned_variants_own() -> None:
+    """A product of experts in bf16: NVIDIA's copies to shared memory move four bytes or more, which an element without promises is not."""
+    (kernel,) = triton_aot.build([("e" * 64, parse_program(PRODUCT))], SM90, 1)
+    assert b"cp.async" in kernel.files["aligned.ptx"] and b"cp.async" not in kernel.files["generic.ptx"]
+    assert kernel.files["aligned.ptx"].count(b"wgmma.mma_async") == kernel.files["generic.ptx"].count(b"wgmma.mma_async") > 0
