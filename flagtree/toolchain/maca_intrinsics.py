@@ -34,6 +34,11 @@ RENAMED: dict[str, str] = {
 # scheduling hints without a meaning for the result
 DROPPED = frozenset({"llvm.amdgcn.s.waitcnt", "llvm.amdgcn.sched.barrier", "llvm.amdgcn.iglp.opt"})
 
+# s_setreg of MODE.FP16_OVFL (register 1, bit 23, one bit): a result in half that would overflow is its largest number.  Triton sets it for
+# conversions to fp8, of which that to e4m3fn from f32 is integer arithmetic; without a half in the text it means nothing (AMD's MI200
+# Instruction Set Architecture, "MODE register").
+HALF_OVERFLOW = "llvm.amdgcn.s.setreg", [("i32", "1473"), ("i32", "1")]
+
 # the 16x16 matrix instructions: MetaX's fragment layout is AMD's (16 deep: lane = row + 16 * (k // 4), 4 elements a lane; f32, 4 deep:
 # lane = row + 16 * k, one element a lane)
 MATRIX: dict[str, str] = {

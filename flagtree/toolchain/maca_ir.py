@@ -78,9 +78,11 @@ class _Converter:
         self.generated: dict[str, str] = {}  # our own small functions
         self.definitions: dict[str, str] = {}  # value -> right-hand side, for recognising uniform values
         self.temporaries = 0
+        self.has_half = False
 
     def run(self, text: str) -> MacaModule:
         lines = [self.clean(line) for line in text.splitlines() if line.strip() and not line.startswith(_SKIPPED)]
+        self.has_half = any(re.search(r"\bhalf\b", line) for line in lines)
         for line in lines:
             if line.startswith("declare"):
                 self.declaration(line)
@@ -204,7 +206,7 @@ class _Converter:
 
     def call(self, line: str, match: re.Match[str]) -> None:
         name, result, operands = match["name"], match["result"], [self.operand(a) for a in split_operands(match["args"])]
-        if name in known.DROPPED:
+        if name in known.DROPPED or ((name, operands) == known.HALF_OVERFLOW and not self.has_half):
             return
         if name.startswith("llvm.amdgcn."):
             self.intrinsic(name, result, match["type"], operands)

@@ -122,6 +122,12 @@ def product_int(a, b, c, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
     tl.store(c + m * N + n, acc)
 
 
+@triton.jit
+def float8(x, q, B: tl.constexpr):
+    i = tl.program_id(0) * B + tl.arange(0, B)
+    tl.store(q + i, tl.load(x + i).to(tl.float8e4nv).to(tl.uint8, bitcast=True))
+
+
 # name: (kernel, signature, constexprs, warps, grid argument positions promised to be multiples of 16)
 KERNELS = {
     "norm_residual": (
@@ -142,6 +148,7 @@ KERNELS = {
     "transpose": (transpose, {"x": "*bf16", "q": "*bf16"}, {"M": 64, "N": 32}, 4),
     "product_bf16": (product, {"a": "*bf16", "b": "*bf16", "c": "*fp32"}, {"M": 32, "N": 32, "K": 64}, 4),
     "product_int": (product_int, {"a": "*i8", "b": "*i8", "c": "*i32"}, {"M": 32, "N": 32, "K": 64}, 4),
+    "float8": (float8, {"x": "*fp32", "q": "*u8"}, {"B": 256}, 2),
     "product_f16": (product, {"a": "*fp16", "b": "*fp16", "c": "*fp32"}, {"M": 32, "N": 32, "K": 64}, 4),
 }
 

@@ -23,6 +23,7 @@ SIGNATURES = {
     "transpose": (["*bf16", "*bf16"], 4),
     "product_bf16": (["*bf16", "*bf16", "*fp32"], 4),
     "product_int": (["*i8", "*i8", "*i32"], 4),
+    "float8": (["*fp32", "*u8"], 2),
     "product_f16": (["*fp16", "*fp16", "*fp32"], 4),
 }  # fmt: skip
 ENTRY = {name: name.removesuffix("_f64").removesuffix("_i64").removesuffix("_bf16").removesuffix("_f16") for name in SIGNATURES}
@@ -65,6 +66,22 @@ def norm_residual(launch: Launch, _: torch.dtype) -> emulator.Run:
     assert torch.equal(r, x + before)
     torch.testing.assert_close(y, expected, rtol=2**-8, atol=0)
     assert (y != expected).float().mean() < 0.01  # the sum's order may move a rounding, now and then
+    return run
+
+
+@_check
+def float8(launch: Launch, _: torch.dtype) -> emulator.Run:
+    """Every byte's value, the middle between it and the next with its neighbours, numbers beyond the largest, NaN."""
+    values = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    middles = (values[1:] + values[:-1]) / 2
+    x = torch.cat([values, middles, middles.nextafter(torch.tensor(1e9)), middles.nextafter(torch.tensor(-1e9)),
+                   torch.tensor([449.0, 463.9, 464.0, 1e30, float("inf"), float("nan"), 1e-30])])  # fmt: skip
+    x = torch.cat([x, -x, torch.zeros(1024 - 2 * len(x))])
+    q = torch.full((1024,), 99, dtype=torch.uint8)
+    run = launch((4,), x, q)
+    expected = x.to(torch.float8_e4m3fn).view(torch.uint8)
+    nan = (expected & 127) == 127
+    assert torch.equal(q[~nan], expected[~nan]) and bool(((q[nan] & 127) == 127).all())
     return run
 
 

@@ -143,6 +143,7 @@ def test_remainder_is_exact() -> None:
 # -- what is refused ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("body", "named"), [
     ("  call void @llvm.amdgcn.s.setreg(i32 1, i32 2)", "llvm.amdgcn.s.setreg"),
+    ("  call void @llvm.amdgcn.s.setreg(i32 1473, i32 1)\n  %h = fptrunc float %x to half", "llvm.amdgcn.s.setreg"),
     ("  %y = call float @llvm.amdgcn.cubeid(float %x)", "llvm.amdgcn.cubeid"),
     ("  %y = call i64 @__ockl_get_num_groups(i32 0)", "__ockl_get_num_groups"),
     ("  %y = call float @__nv_unheard_of(float %x)", "__nv_unheard_of"),
