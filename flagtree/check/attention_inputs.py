@@ -16,32 +16,40 @@ _KEYS = 64  # a tile's, where no schedule says
 
 def sizes(program: Program, form: Form) -> list[dict[str, int]]:
     """Two settings: the low ends, and a few tokens over a little more keys than one tile holds."""
+    tile = tile_of(program)
+    small = {"batch": 1, "tokens": 1, "keys": 1, "edges": 2}
+    several = {"tokens": tile + 5, "keys": tile + 5, "edges": 4} if form.kind == PACKED else {"batch": 2, "tokens": 3, "keys": tile + 3}
+    return [setting(program, form, wanted) for wanted in (small, small | several)]
+
+
+def setting(program: Program, form: Form, wanted: Mapping[str, int]) -> dict[str, int]:
+    """The wanted numbers of sequences (batch), tokens, keys and bounds (edges) within each symbol's range; as many keys as tokens at
+    least."""
     q, k, _, *further = operands(program, form)
-    tile = _tile(program)
     if form.kind == PACKED:
-        small, more = {"tokens": 1, "keys": 1, "edges": 2}, {"tokens": tile + 5, "keys": tile + 5, "edges": 4}
         roles = {"tokens": q.shape[0], "keys": k.shape[0], "edges": further[0].shape[0]}
     else:
-        small, more = {"batch": 1, "tokens": 1, "keys": 1}, {"batch": 2, "tokens": 3, "keys": tile + 3}
         roles = {"batch": q.shape[0], "tokens": q.shape[2], "keys": k.shape[2]}
-    return [_setting(program, roles, wanted) for wanted in (small, more)]
-
-
-def _setting(program: Program, roles: Mapping[str, Index], wanted: Mapping[str, int]) -> dict[str, int]:
-    """The wanted sizes within each symbol's range; as many keys as tokens at least."""
     out = {}
     for symbol in program.symbols:
-        value = max((n for role, n in wanted.items() if roles[role] == Index.of(symbol.name)), default=1)
+        value = max((wanted[role] for role, size in roles.items() if size == Index.of(symbol.name)), default=1)
         fitting = max(1, symbol.lo, value)
         out[symbol.name] = min(-(-fitting // symbol.multiple), symbol.hi // symbol.multiple) * symbol.multiple
-    tokens, keys = (roles[r].evaluate(out) for r in ("tokens", "keys"))
+    return with_keys(program, form, out)
+
+
+def with_keys(program: Program, form: Form, sizes: Mapping[str, int]) -> dict[str, int]:
+    """The sizes with as many keys as tokens at least."""
+    out = dict(sizes)
+    tokens, keys = (b.shape[0 if form.kind == PACKED else 2] for b in operands(program, form)[:2])
     for symbol in program.symbols:
-        if roles["keys"] == Index.of(symbol.name) and keys < tokens:
-            out[symbol.name] = -(-tokens // symbol.multiple) * symbol.multiple
+        if keys == Index.of(symbol.name) and out[symbol.name] < (least := tokens.evaluate(out)):
+            out[symbol.name] = -(-least // symbol.multiple) * symbol.multiple
     return out
 
 
-def _tile(program: Program) -> int:
+def tile_of(program: Program) -> int:
+    """Keys of a tile, which an attention walks one after the other."""
     kernel = program.steps[0]
     assert isinstance(kernel, Kernel)
     return dict(kernel.schedule.tiles)[kernel.schedule.loop[0]] if kernel.schedule is not None else _KEYS

@@ -40,7 +40,7 @@ def judge(
         return Judged({"dtype": dtype}, (f"{ours.dtype}, eager gives {eager.dtype}",))
     record: dict[str, object] = {"dtype": dtype, "elements": ours.numel()}
     if enclosed is not None:
-        faults += _outside(ours, enclosed)
+        faults += outside(ours, enclosed)
         record["gate"] = "the interpreter's bits" if enclosed.exact else "stated error"
         if not enclosed.exact:
             open_ = ~((enclosed.low == enclosed.high) | (enclosed.low != enclosed.low))
@@ -83,7 +83,7 @@ def _whose(alone: bool) -> str:
     return "the interpreter" if alone else "eager"
 
 
-def _outside(ours: Tensor, enclosed: Enclosed) -> list[str]:
+def outside(ours: Tensor, enclosed: Enclosed) -> list[str]:
     """Elements that do not lie where they must, with the first of them in numbers."""
     low, high = enclosed.low, enclosed.high
     value = ours.double() if ours.is_floating_point() else ours

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from flagtree.check import attention_inputs
 from flagtree.check.domains import WITHIN, Limits, arranged, declared
 from flagtree.check.regimes import floats
-from flagtree.ir.attention import form_of
+from flagtree.ir.attention import Form, form_of
 from flagtree.ir.bounds import Bounds
 from flagtree.ir.dtypes import DTYPES
 from flagtree.ir.evaluate import torch_dtype
@@ -82,8 +83,10 @@ def upper_ends(program: Program) -> list[tuple[str, dict[str, int]]]:
     alone with the others at their low ends."""
     highest = {s.name: s.hi // s.multiple * s.multiple for s in program.symbols}
     out = [("all", highest)]
+    form = form_of(program)
+    room = _with_room if form is None else partial(_with_keys, form)
     for name in highest if len(highest) > 1 else ():
-        alone = _with_room(program, {**{s.name: _fitting(s, max(1, s.lo)) for s in program.symbols}, name: highest[name]})
+        alone = room(program, {**{s.name: _fitting(s, max(1, s.lo)) for s in program.symbols}, name: highest[name]})
         if alone not in [setting for _, setting in out]:
             out.append((name, alone))
     return out
@@ -96,6 +99,10 @@ def _with_room(program: Program, setting: dict[str, int]) -> dict[str, int]:
     walked = {n for axis in kernel.axes for n in axis.extent.names()}
     largest = max((setting[n] for n in walked if n in setting), default=1)
     return setting | {s.name: _fitting(s, max(setting[s.name], largest)) for s in program.symbols if s.name not in walked}
+
+
+def _with_keys(form: Form, program: Program, setting: dict[str, int]) -> dict[str, int]:
+    return attention_inputs.with_keys(program, form, setting)
 
 
 def _fitting(symbol: Symbol, value: int) -> int:

@@ -58,7 +58,7 @@ class Expected:
                  seed: int, stated: Stated, eager: Eager | None = None, kind: str = "ordinary") -> None:  # fmt: skip
         kernel = kernel_of(program)
         self.flat, positions = flat, Positions(program, symbols, seed, kind)
-        tensors = {b.name: torch.as_strided(flat[b.name], *_geometry(b, symbols)) for b in program.buffers}
+        tensors = {b.name: torch.as_strided(flat[b.name], *geometry(b, symbols)) for b in program.buffers}
 
         self.filled: list[tuple[str, Tensor, Tensor]] = []  # buffer, offsets, values
 
@@ -128,14 +128,15 @@ def _eager(
     return eager_rows(program, kernel, tensors, symbols, points, own, eager)
 
 
-def _geometry(buffer: Buffer, symbols: Mapping[str, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def geometry(buffer: Buffer, symbols: Mapping[str, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes and strides in elements."""
     shape, strides = (tuple(e.evaluate(symbols) for e in part) for part in (buffer.shape, buffer.layout))
     return shape, strides
 
 
 def elements(buffer: Buffer, symbols: Mapping[str, int]) -> int:
     """Elements from the first to the last of a buffer, the holes of its strides included."""
-    shape, strides = _geometry(buffer, symbols)
+    shape, strides = geometry(buffer, symbols)
     return 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if all(shape) else 0
 
 

@@ -53,7 +53,7 @@ def eager_rows(
         read: list[tuple[str, Tensor]] = []
         there = stores_at(program, kernel, tensors, symbols, kept, reading=lambda b, at: read.append((b, flat(tensors[b])[at])))
         near = {name: torch.searchsorted(rows[name], at) if name in rows else at for name, at in kept.items()}
-        small = {b.name: _empty(b, sizes) for b in program.buffers}
+        small = {b.name: empty(b, sizes) for b in program.buffers}
         here = stores_at(program, kernel, small, sizes, near, reading=_filling(iter(read), small))
         if any(here[n].values.shape != s.values.shape or different(here[n].values, s.values) for n, s in there.items()):
             raise Unlike("what it stores depends on where it stands, or on more than its own rows")
@@ -114,7 +114,8 @@ def _span(buffer: Buffer, symbols: Mapping[str, int]) -> int:
     return 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if all(shape) else 0
 
 
-def _empty(buffer: Buffer, symbols: Mapping[str, int]) -> Tensor:
+def empty(buffer: Buffer, symbols: Mapping[str, int]) -> Tensor:
+    """Zeros in the buffer's sizes and strides."""
     return torch.as_strided(torch.zeros(_span(buffer, symbols), dtype=torch_dtype(buffer.dtype)), *_geometry(buffer, symbols))
 
 

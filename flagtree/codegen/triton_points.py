@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from flagtree.codegen.triton import grid_axes
 from flagtree.codegen.triton_tile import Tile
 from flagtree.errors import CodegenError
+from flagtree.ir.attention import PACKED, Form, form_of, group_of, operands
 from flagtree.ir.flat import flatten
 from flagtree.ir.program import Axis, Kernel, Program
 
@@ -66,6 +67,39 @@ class Instances:
             for axis in reversed(self.members[name]):
                 place, out[axis.name] = divmod(place, axis.extent.evaluate(self.symbols))
         return out
+
+
+class AttentionInstances:
+    """As `Instances`, for an attention: an instance computes rows of one key head (templates/triton_attention.py.j2)."""
+
+    def __init__(self, program: Program, form: Form, symbols: Mapping[str, int]) -> None:
+        kernel = program.steps[0]
+        assert isinstance(kernel, Kernel) and kernel.schedule is not None
+        q, k, *_, out = operands(program, form)
+        self.packed, self.group = form.kind == PACKED, group_of(q, k)
+        self.tokens = q.shape[0 if self.packed else 2].evaluate(symbols)
+        self.key_heads, self.width = k.shape[1].evaluate(symbols), out.shape[-1].evaluate(symbols)
+        self.rows = dict(kernel.schedule.tiles)["i0" if self.packed else "i1"]
+        self.blocks = -(-self.tokens * self.group // self.rows)
+        self.grid = self.busy = (self.blocks * self.key_heads * (1 if self.packed else q.shape[0].evaluate(symbols)), 1, 1)
+
+    def points(self, block: Sequence[int]) -> list[dict[str, int]]:
+        """The points of instance (x, 0, 0): coordinates by parallel axis of the kernel."""
+        sequence, rest = divmod(block[0], self.blocks * self.key_heads)
+        key_head, first = divmod(rest, self.blocks)
+        names = ("i0", "i1", "i2") if self.packed else ("i0", "i1", "i2", "i3")
+        out = []
+        for place in range(first * self.rows, min((first + 1) * self.rows, self.tokens * self.group)):
+            token, member = divmod(place, self.group)
+            row = (token, key_head * self.group + member) if self.packed else (sequence, token, key_head * self.group + member)
+            out += [dict(zip(names, (*row, element), strict=True)) for element in range(self.width)]
+        return out
+
+
+def instances(program: Program, symbols: Mapping[str, int]) -> Instances | AttentionInstances:
+    """The instances of a scheduled, isolated kernel."""
+    form = form_of(program)
+    return Instances(program, symbols) if form is None else AttentionInstances(program, form, symbols)
 
 
 def _members(axes: Sequence[Axis], flat: Sequence[Axis]) -> dict[str, list[Axis]]:

@@ -205,10 +205,11 @@ static __attribute__((noinline)) void attend_rows(const ELEMENT *const *q, const
     }
   }
   for (i64 r = 0; r < rows; ++r) {
-    const f32v share = splat(total[r] == 0.f ? 1.f : total[r]);
+    const int nothing = total[r] == 0.f;  // an infinite value that no mask admits has made a sum NaN
+    const f32v share = splat(nothing ? 1.f : total[r]);
     for (i64 e = 0; e < WIDTH && out[r]; e += TILE_DEPTH) {
       f32v result[STEP_PARTS];
-      for (int p = 0; p < STEP_PARTS; ++p) result[p] = load(sums + r * WIDTH_PADDED + e + p * W, W) / share;
+      for (int p = 0; p < STEP_PARTS; ++p) result[p] = nothing ? f32v{} : load(sums + r * WIDTH_PADDED + e + p * W, W) / share;
       STORE_STEP(out[r] + e, result, WIDTH - e);
     }
   }
