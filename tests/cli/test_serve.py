@@ -58,7 +58,7 @@ def test_a_recording_start_needs_no_bundle(flagtree: Flagtree, tmp_path: Path, m
         (("model",), "nothing to serve from"),
         (("model", "--bundle", "b", "--record", "r"), "two ways to start"),
         (("model", "--bundle", "b", "--strict", "of"), "unknown strictness 'of'"),
-        (("model", "--bundle", "nowhere"), "nowhere"),
+        (("model", "--bundle", "nowhere", "--port", "0"), "nowhere"),
         (("model", "--record", "r", "-cc.mode=3"), "flagtree sets this itself"),
         (("model", "--record", "r", "--compilation-config", "{}"), "flagtree sets this itself"),
         (("--port", "80", "model", "--record", "r"), "the model comes first"),
@@ -98,6 +98,6 @@ def test_a_wrong_model_or_bundle_is_said_before_vllm_starts(
     if config is not None:
         model.mkdir()
         (model / "config.json").write_text(config)
-    ended = flagtree("serve", str(model), "--bundle", str(bundle), "--trust", open_bundle(bundle).digest)
+    ended = flagtree("serve", str(model), "--bundle", str(bundle), "--trust", open_bundle(bundle).digest, "--port", "0")
     assert (ended.code, ended.out) == (2, "")
     assert said in ended.err

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -38,3 +41,24 @@ def test_nothing_installed_stays_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     if not importlib.metadata.packages_distributions().get("vllm"):
         with pytest.raises(importlib.metadata.PackageNotFoundError):
             importlib.metadata.version("vllm")
+
+
+def test_ctrl_c_while_the_server_starts_is_one_line(repository: Path, tmp_path: Path) -> None:
+    """A start inside of an event loop that blocks, as vLLM's does while its engine starts."""
+    place = tmp_path / "vllm" / "entrypoints" / "cli"
+    place.mkdir(parents=True)
+    (place / "main.py").write_text(
+        "import asyncio, time\n"
+        "async def start():\n    print('starting', flush=True)\n    time.sleep(60)\n"
+        "def main():\n"
+        "    try:\n        asyncio.run(start())\n"
+        "    except KeyboardInterrupt as error:\n        raise RuntimeError('the engine did not start') from error\n"
+    )
+    command = [sys.executable, "-m", "flagtree.serve.launch", "serve", "model"]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{repository}"}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "starting\n"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert (process.returncode, said) == (130, "interrupted: the server had not started yet\n")
