@@ -40,11 +40,17 @@ class Run:
 
 def compile_in(home: Path, *arguments: str, path: Sequence[Path] = (ROOT,)) -> Run:
     """`flagtree compile ARGUMENTS --json` with its home and store below `home`; Python looks in `path`."""
+    used, out = _used(home, [sys.executable, "-m", "flagtree", "compile", *arguments, "--json"], path)
+    (bundle,) = json.loads(out)["bundles"]
+    return Run(*used, bundle)
+
+
+def _used(home: Path, command: Sequence[str], path: Sequence[Path]) -> tuple[tuple[float, float, float], bytes]:
+    """CPU and wall seconds, MB of the largest process, and stdout.  SystemExit when the command fails."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("FLAGTREE_", "TRITON_"))}
     environment = {**clean, "HOME": str(home), "FLAGTREE_CACHE_DIR": str(home / "store"), "PYTHONPATH": os.pathsep.join(map(str, path))}
     with tempfile.TemporaryFile() as out:
         started = time.perf_counter()
-        command = [sys.executable, "-m", "flagtree", "compile", *arguments, "--json"]
         running = subprocess.Popen(command, env=environment, cwd=home, stdout=out, stderr=subprocess.DEVNULL)
         _, status, used = os.wait4(running.pid, 0)
         running.returncode = os.waitstatus_to_exitcode(status)
@@ -52,8 +58,7 @@ def compile_in(home: Path, *arguments: str, path: Sequence[Path] = (ROOT,)) -> R
         if running.returncode:
             raise SystemExit(f"exit code {running.returncode}: {' '.join(command)}")
         out.seek(0)
-        (bundle,) = json.load(out)["bundles"]
-    return Run(used.ru_utime + used.ru_stime, wall, used.ru_maxrss / 1024, bundle)
+        return (used.ru_utime + used.ru_stime, wall, used.ru_maxrss / 1024), out.read()
 
 
 def main_job() -> str:
@@ -94,21 +99,23 @@ def depth() -> str:
 
 
 def for_vllm() -> str:
-    """Capture from vLLM's own model class at true widths, and build: cold, then warm from a new process."""
+    """Captured from vLLM's own model class at true widths into an empty store, then compiled from there."""
     lines = []
     for name, layers, *degrees in SERVED:
         with tempfile.TemporaryDirectory() as home:
-            asked = (name, "--for", "vllm", "--layers", str(layers), *(("--tp", *degrees) if degrees else ()))
             path = (ROOT, *(_supplied(Path(home)) if name in SUPPLIED else ()))
-            cold, warm = (compile_in(Path(home), *asked, path=path) for _ in range(2))
-        assert not cold.bundle["cached"]
-        kernels, parts = cold.bundle["kernels"], cold.bundle["parts"]
+            degrees = degrees or ["1"]
+            capture = f"capture_ahead(server_model({name!r}, layers={layers}), [{degrees[0]}])"
+            command = [sys.executable, "-c", f"from flagtree.capture.ahead import capture_ahead, server_model; {capture}"]
+            (cpu, wall, memory), _ = _used(Path(home), command, path)
+            built = compile_in(Path(home), name, "--for", "vllm", "--layers", str(layers), "--tp", degrees[0], path=path)
+        assert not built.bundle["cached"]
+        parts = built.bundle["parts"]
         calls = " and ".join(str(part["launches_total"] + part["totals"]["calls_extern"]) for part in parts)
-        lines.append([
-            name, layers, *(degrees or "1"), f"{cold.cpu:.1f}", f"{cold.wall:.1f}", f"{cold.memory:.0f}", f"{warm.cpu:.1f}", kernels, calls
-        ])  # fmt: skip
-        print(*lines[-1], sep=", ", file=sys.stderr, flush=True)
-    header = ("model", "layers", "tensor parallel", "cold, CPU s", "cold, wall s", "memory of the largest process, MB", "warm, CPU s",
+        lines.append([name, layers, *degrees, f"{cpu:.1f}", f"{memory:.0f}", f"{built.cpu:.1f}", f"{built.memory:.0f}",
+                      built.bundle["kernels"], calls])  # fmt: skip
+        print(*lines[-1], sep=" | ", file=sys.stderr, flush=True)
+    header = ("model", "layers", "tensor parallel", "capture, CPU s", "its largest process, MB", "the rest, CPU s", "its largest process, MB",
               "distinct kernels", "launches of a graph")  # fmt: skip
     return rows(header, lines)
 
