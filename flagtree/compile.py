@@ -43,17 +43,20 @@ def compile_model(
     parts: Sequence[str] | None = None,
     layers: int | None = None,
     dtype: str | None = None,
+    ranks: int = 1,
     out: Path | None = None,
     jobs: int | None = None,
     progress: Progress = SILENT,
 ) -> CompileReport:
     """Compile `model` (a name, a YAML or a config.json) for each target.
 
-    `parts`: all by default; `layers`: another depth; `dtype`: another element type; `out`: a folder for the bundles, or a file
+    `parts`: all by default; `layers`: another depth; `dtype`: another element type; `ranks`: over which the weights
+    are divided, one bundle for all of them; `out`: a folder for the bundles, or a file
     `.ftb` for one; else they stay in the store.  Raises the error of the part that fails; what was there before is then as it was.
     """
     spec = load_spec(model)
     spec = spec if layers is None else spec.with_depth(layers)
+    spec = spec if ranks == 1 else spec.with_ranks(ranks)
     chosen = tuple(dict.fromkeys(parts or spec.part_names))
     for part in chosen:
         spec.bounds(part)
@@ -66,7 +69,8 @@ def compile_model(
 def _title(spec: ModelSpec, layers: int | None, dtype: str | None) -> str:
     """The model's name, and what was chosen instead of its own depth and type: two such bundles do not take each other's place."""
     depth = "" if layers is None else f"-{layers}-layers"
-    return spec.name + depth + ("" if dtype is None else f"-{spec.element(dtype)}")
+    ranks = "" if spec.capture.ranks == 1 else f"-tp{spec.capture.ranks}"
+    return spec.name + depth + ranks + ("" if dtype is None else f"-{spec.element(dtype)}")
 
 
 class _Job:
@@ -134,6 +138,7 @@ class _Job:
     # -- building ------------------------------------------------------------------------------------------------------
     def _build(self, target: Target, home: Path, key: KeyFactors) -> BundleReport:
         from flagtree.assemble import assemble
+        from flagtree.capture.shares import rank_map
 
         clock = Clock(self.progress)
         for part in self.parts:
@@ -144,7 +149,8 @@ class _Job:
                 self._captured[part] = capture_part(self.spec, part, self.dtype)
         made = assemble({p: self._captured[p] for p in self.parts}, target, self.jobs, clock, self.store)
         clock.phase("bundle")
-        digest = write_bundle(home, name=self.spec.name, target=target.name, **made.content)
+        ranks = rank_map(self.spec, [self._captured[part].captured for part in self.parts])
+        digest = write_bundle(home, name=self.spec.name, target=target.name, ranks=ranks, **made.content)
         record_built(digest, self.store)
         report = BundleReport(target.name, str(home), digest, made.parts, made.tiers, clock.seconds(), False, made.executed, made.stored)
         text = CompileReport(self.spec.name, (report,)).to_json()

@@ -59,14 +59,15 @@ def write_bundle(
     certificate: Mapping[str, object] | None = None,
     graphs: Mapping[str, str] | None = None,
     programs: Mapping[str, str] | None = None,
+    ranks: Mapping[str, object] | None = None,
 ) -> str:
     """Write a bundle and return its digest.
 
     `path` ending in `.ftb` gives one file, else a folder.  `parts`: part name to launch list; `libraries`: CPU level to
     shared object; `graphs`: part name to the canonical text of the graph that it is; `programs`: to the text of the program whose
-    launch list it is; `certificate`: the evidence, which does not enter the digest.  Equal arguments give equal bytes.  A bundle that
-    stands at `path` is replaced in one step once the new one is complete; BundleError when something else stands there, StoreError when
-    the folder cannot be written.
+    launch list it is; `ranks`: what each rank loads of a divided model; `certificate`: the evidence, which does not enter the digest.
+    Equal arguments give equal bytes.  A bundle that stands at `path` is replaced in one step once the new one is complete; BundleError
+    when something else stands there, StoreError when the folder cannot be written.
     """
     content = _content(parts, kernels, libraries or {}, constants or {})
     content.update({f"graphs/{part}.txt": text.encode() for part, text in (graphs or {}).items()})
@@ -80,6 +81,7 @@ def write_bundle(
         "libraries": sorted(libraries or {}),
         "kernels": {k.digest: _listed(k) for k in kernels},
         "coverage": dict(coverage or {}),
+        **({"ranks": dict(ranks)} if ranks else {}),
     }
     return _publish(path, manifest, content, certificate)
 
@@ -100,7 +102,7 @@ def write_again(
     folders = tuple(f"kernels/{kernel.digest[:16]}/" for kernel in kernels)
     content = {name: bundle.read(name) for name in bundle.manifest.files if not name.startswith(folders)}
     content |= _content({}, kernels, {}, {})
-    manifest = bundle.manifest.model_dump(mode="json", exclude={"files"})
+    manifest = bundle.manifest.model_dump(mode="json", exclude={"files"}, exclude_defaults=True)
     manifest["kernels"] |= {kernel.digest: _listed(kernel) for kernel in kernels}
     return _publish(path, {**manifest, "coverage": dict(coverage), "versions": dict(versions)}, content, certificate)
 
@@ -279,6 +281,7 @@ def inspect(bundle: Bundle) -> dict:
         "libraries": list(manifest.libraries),
         "parts": {name: _summary(bundle, name) for name in manifest.parts},
         "coverage": manifest.coverage,
+        "ranks": manifest.ranks.get("count", 1),
         "certificate": None if evidence is None else dict(evidence.evidence),
     }
 

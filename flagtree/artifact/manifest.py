@@ -42,7 +42,8 @@ class ListedKernel(_Record):
 
 
 class Manifest(_Record):
-    """`manifest.json`.  `coverage`: what the bundle promises (symbols, shapes, dtypes); `versions`: what built it."""
+    """`manifest.json`.  `coverage`: what the bundle promises (symbols, shapes, dtypes); `versions`: what built it.  `ranks`: for a
+    model divided over ranks their `count`, the `group` of its collectives and the parts of the `weights` that each rank loads."""
 
     format: int
     name: Annotated[str, Field(min_length=1, max_length=200)]
@@ -52,6 +53,7 @@ class Manifest(_Record):
     libraries: list[Name]
     kernels: dict[Digest, ListedKernel]
     coverage: dict[str, object]
+    ranks: dict[str, object] = {}
     files: Annotated[dict[str, ListedFile], Field(max_length=_MAX_FILES)]
 
     @model_validator(mode="after")

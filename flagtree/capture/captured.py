@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from flagtree.capture.shares import Share
 from flagtree.passes.repeat import Run
 
 
@@ -34,7 +35,7 @@ class CapturedModel:
     sequence's last token (the caches are written in place), or a tower's features.  `dims` maps batch, sequence, context and the like to
     their symbol in the graph (a size whose bounds are equal is a number and has none), `ranges` each symbol to its inclusive bounds,
     `constants` each constant's qualified name to its values.  `layer_prefix` is `model.layers.`; names have the layer's number in the model
-    at full depth, `runs` tells which layers are there.
+    at full depth, `runs` tells which layers are there.  `shares`: what each rank has of the weights that are divided, by name.
     """
 
     name: str
@@ -47,6 +48,7 @@ class CapturedModel:
     constants: Mapping[str, torch.Tensor]
     runs: tuple[Run, ...]
     layer_prefix: str
+    shares: Mapping[str, Share] = field(default_factory=dict)
 
     @property
     def depth(self) -> int:
@@ -69,7 +71,7 @@ class CapturedModel:
         found = re.match(self._layer_pattern, qualified)
         return int(found[2]) if found else None
 
-    def at_layer(self, qualified: str, layer: int) -> str:
+    def at_layer(self, qualified: str, layer: int | str) -> str:
         """The same weight, cache or module of another layer; names outside the layers stay as they are."""
         return re.sub(self._layer_pattern, lambda found: f"{found[1]}{layer}", qualified, count=1)
 

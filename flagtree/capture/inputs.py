@@ -15,6 +15,7 @@ import torch
 from flagtree.capture.architectures import architecture
 from flagtree.capture.cache import ExplicitCache
 from flagtree.capture.model_spec import ModelSpec
+from flagtree.capture.spec_rules import token_side
 from flagtree.passes.repeat import Run
 
 Inputs = Mapping[str, torch.Tensor]
@@ -45,7 +46,9 @@ def arguments_of(spec: ModelSpec, part: str, runs: Sequence[Run], element: torch
     if "features" in sizes:
         found.append(Argument("features", ("features", spec.text["hidden_size"]), element))
         found.append(Argument("feature_rows", ("batch", tokens), torch.int64))
-    shape = ("batch", spec.key_heads, "context", spec.head_width)
+    if spec.capture.ranks > 1:
+        found.append(Argument("rank", (1,), torch.int64))
+    shape = ("batch", spec.cache_heads, "context", spec.head_width)
     found += [Argument(f"{cache}.{i}", shape, element, "state") for cache in ("k_cache", "v_cache") for i in range(layers)]
     return tuple(found)
 
@@ -69,10 +72,10 @@ def _vision_arguments(spec: ModelSpec, layers: int, element: torch.dtype) -> tup
             Argument("lengths", ("images",), torch.int64),
             Argument("grid", ("images", "patches", spec.text["hidden_size"]), element),
         )
-    pixels = vision["num_channels"] * vision["patch_size"] ** 2
+    pixels, merged = vision["num_channels"] * vision["patch_size"] ** 2, token_side(spec.config)
     return (
-        Argument("pixels", ("images", "side", "side", pixels), element),
-        Argument("positions", ("side", "side", vision["hidden_size"]), element),
+        Argument("pixels", ("images", "side", merged, "side", merged, pixels), element),
+        Argument("positions", ("side", merged, "side", merged, vision["hidden_size"]), element),
     )
 
 
@@ -91,7 +94,8 @@ class TextPart(Part):
     """ids [B, S], start [B] and the caches to the logits [B, vocabulary] of each sequence's last token.
 
     Token t of a sequence stands at `start + t` in its cache; that is also its position unless `positions` [3, B, S] says another for
-    each axis.  `feature_rows` [B, S] names the row of `features` that stands in the place of a token's embedding, -1 for none.
+    each axis.  `rank` [1] is the number of the rank whose part of the weights
+    this is.  `feature_rows` [B, S] names the row of `features` that stands in the place of a token's embedding, -1 for none.
     The rows that the output head shall see are picked in a hook before the head, so that whatever a model class computes after its
     head (scaling, soft caps) stays in the graph.
     """
@@ -109,6 +113,9 @@ class TextPart(Part):
             positions = start[:, None]
             if last is not None:
                 positions = positions + torch.arange(ids.shape[1], device=ids.device)
+        hooks = []
+        if "rank" in inputs:
+            hooks.append(model.get_input_embeddings().register_forward_pre_hook(lambda table, words: (*words, inputs["rank"])))
         tokens = {"input_ids": ids}
         if "features" in inputs:
             rows = inputs["feature_rows"]
@@ -116,11 +123,12 @@ class TextPart(Part):
             tokens = {"inputs_embeds": torch.where((rows >= 0)[..., None], seen, words)}
         keys, values = ([v for name, v in inputs.items() if name.startswith(cache)] for cache in ("k_cache.", "v_cache."))
         cache = ExplicitCache(keys, values, start)
-        hook = model.get_output_embeddings().register_forward_pre_hook(pick)
+        hooks.append(model.get_output_embeddings().register_forward_pre_hook(pick))
         try:
             found = model(**tokens, position_ids=positions, past_key_values=cache, use_cache=True, flagtree_cache=cache)
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
         return found.logits
 
 

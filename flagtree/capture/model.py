@@ -20,6 +20,8 @@ from flagtree.capture.build import PER_GRAPH, build, layer_runs
 from flagtree.capture.captured import CapturedModel, Placeholder, layer_pattern
 from flagtree.capture.inputs import Argument, Part, arguments_of, part_module
 from flagtree.capture.model_spec import Bounds, ModelSpec
+from flagtree.capture.ranks import divide
+from flagtree.capture.shares import Share
 from flagtree.errors import CaptureError
 from flagtree.passes.repeat import Run
 
@@ -41,6 +43,7 @@ def capture(spec: ModelSpec, part: str, layers: int | None = None, dtype: str | 
     bounds, element = spec.bounds(part), getattr(torch, spec.element(dtype))
     where, runs = f"{spec.name}, {part}", layer_runs(spec, part, layers)
     model = build(spec, part, runs, element)
+    shares = divide(model, spec, part)
     constants = constants_of(model)
     arguments = arguments_of(spec, part, runs, element)
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
@@ -49,7 +52,7 @@ def capture(spec: ModelSpec, part: str, layers: int | None = None, dtype: str | 
         values, dims = _examples(bounds, arguments)
     program = _export(part_module(spec, part, model), values, dims, where)
     prefix = _layer_prefix(model, sum(run.captured for run in runs), where)
-    return _Naming(spec, part, runs, prefix, constants, _tied_names(model)).captured(program, arguments)
+    return _Naming(spec, part, runs, prefix, constants, _tied_names(model)).captured(program, arguments, shares)
 
 
 def constants_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -150,7 +153,7 @@ class _Naming:
         numbered = re.sub(self.traced_pattern, lambda found: f"{found[1]}{self.numbers[int(found[2])]}", name, count=1)
         return self._renamed(numbered)
 
-    def captured(self, program: ExportedProgram, arguments: Sequence[Argument]) -> CapturedModel:
+    def captured(self, program: ExportedProgram, arguments: Sequence[Argument], shares: Mapping[str, Share]) -> CapturedModel:
         """The captured model.  CaptureError where the trace is not what the description promises."""
         placeholders = self._placeholders(program, arguments)
         program.graph_module.recompile()
@@ -159,7 +162,7 @@ class _Naming:
         constants = {p.qualified: self._table(p.qualified) for p in placeholders if p.role == "constant"}
         found = CapturedModel(
             f"{self.spec.name}.{self.part}", self.part, "features" if self.part == "vision" else "logits", program.graph_module,
-            tuple(placeholders), dims, ranges, constants, self.runs, self.prefix,
+            tuple(placeholders), dims, ranges, constants, self.runs, self.prefix, {self.actual(n): share for n, share in shares.items()},
         )  # fmt: skip
         self._check(found)
         return found

@@ -20,7 +20,7 @@ from flagtree.capture.architectures import VISION_SIZES, architecture
 from flagtree.capture.published import from_config
 from flagtree.capture.spec_fields import Bounds, Bridge, Card, Element, Parts, Quantisation, Recipe, Record
 from flagtree.capture.spec_file import SpecFile, read_spec_file
-from flagtree.capture.spec_rules import LARGEST_DEPTH, check_config, named, text_config
+from flagtree.capture.spec_rules import LARGEST_DEPTH, check_config, degrees, named, text_config, undivided
 from flagtree.errors import CaptureError, UnknownName
 
 PARTS = ("prefill", "decode", "vision")
@@ -67,6 +67,8 @@ class ModelSpec(Record):
             if set(needed) != set(given):
                 context = {"needed": ", ".join(needed), "given": ", ".join(given) or "none", "field": ("parts", "vision")}
                 raise PydanticCustomError("vision", "its vision part needs bounds for {needed}, {given} are given", context)
+        if why := undivided(self.config, self.capture.ranks):
+            raise PydanticCustomError("ranks", "{why}", {"why": why, "field": ("capture", "ranks")})
         if self.bridge is not None and self.bridge.width != self.text["hidden_size"]:
             sizes = {"width": self.bridge.width, "hidden": self.text["hidden_size"]}
             message = "the bridge makes rows of {width}, the text has {hidden}"
@@ -88,8 +90,13 @@ class ModelSpec(Record):
 
     @property
     def key_heads(self) -> int:
-        """Heads of the KV cache."""
+        """Heads of the KV cache, of all ranks."""
         return int(named(self.text, "num_key_value_heads")[1] or self.text["num_attention_heads"])
+
+    @property
+    def cache_heads(self) -> int:
+        """Heads of one rank's KV cache."""
+        return max(1, self.key_heads // self.capture.ranks)
 
     @property
     def head_width(self) -> int:
@@ -122,6 +129,13 @@ class ModelSpec(Record):
         config = text if self.text is self.config else {**self.config, "text_config": text}
         capture = self.capture.model_copy(update={"weights": None})
         return self.model_copy(update={"config": config, "capture": capture})
+
+    def with_ranks(self, ranks: int) -> ModelSpec:
+        """The same model with its weights divided over `ranks` ranks.  CaptureError where its sizes do not divide."""
+        if why := undivided(self.config, ranks):
+            possible = ", ".join(map(str, degrees(self.config)))
+            raise CaptureError(f"tensor parallel {ranks} does not fit {self.name}", why=why, hint=f"--tp with one of {possible}")
+        return self.model_copy(update={"capture": self.capture.model_copy(update={"ranks": ranks})})
 
     def bounds(self, part: str) -> Bounds:
         """The bounds of one part; UnknownName for a part that there is not, or that this model lacks."""
@@ -236,6 +250,7 @@ def spec_key(spec: ModelSpec, part: str, layers: int | None = None, dtype: str |
         "part": part,
         "bounds": bounds.model_dump(mode="json"),
         "layers": spec.traced_layers(layers),
+        "ranks": spec.capture.ranks,
         "dtype": spec.element(dtype),
         "torch": _version("torch"),
         "transformers": _version("transformers"),

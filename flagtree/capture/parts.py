@@ -26,7 +26,7 @@ from flagtree.passes.repeat import Layers
 REFERENCE = {
     "prefill": {"batch": 1, "sequence": 2048, "context": 2048, "features": 1},
     "decode": {"batch": 1, "context": 2048},
-    "vision": {"images": 1, "patches": 1024, "tokens": 1024, "edges": 65, "side": 52},
+    "vision": {"images": 1, "patches": 1024, "tokens": 1024, "edges": 65, "side": 13},
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from flagtree.capture.architectures import architecture
 from flagtree.capture.spec_file import SpecFile
-from flagtree.capture.spec_rules import named, text_config
+from flagtree.capture.spec_rules import named, text_config, token_side
 from flagtree.errors import CaptureError
 
 _BATCH = [1, 64]
@@ -49,7 +49,7 @@ def from_config(file: SpecFile) -> SpecFile:
         if kind == "square images":
             size, patch = (config["vision_config"].get(name) for name in ("image_size", "patch_size"))
             side = size // patch if isinstance(size, int) and isinstance(patch, int) and patch > 0 else 0
-            parts["vision"]["side"] = [side, side]
+            parts["vision"]["side"] = [1, side // token_side(config)]
         parts["prefill"]["features"] = [1, 65536]
     data = {
         "name": f"{config.get('model_type', 'model')}-{text.get('hidden_size')}x{layers}",

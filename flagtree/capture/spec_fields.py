@@ -41,7 +41,7 @@ class Bounds(Record):
     `batch`: sequences; `sequence`: tokens of one call of a sequence (1 when absent); `context`: rows of the KV cache; `features`: rows
     of image features that a prefill may merge; `images`; `patches`: of the largest image of a call; `tokens`: of all images after a merge
     of patches; `edges`: of the groups of patches that see each other, one more than groups;
-    `side`: patches on a side of a square image.
+    `side`: tokens on a side of a square image.
     """
 
     batch: Range | None = None
@@ -101,12 +101,14 @@ class Bridge(Record):
 
 class Recipe(Record):
     """`layers` to trace of each kind of layer (first, interior, last), decoder layers in one `period` of the repeat, `weights`: tensors
-    of the text parts at full depth, `vision_weights`: those of the tower and its bridge."""
+    of the text parts at full depth, `vision_weights`: those of the tower and its bridge.  `ranks`: of tensor parallelism, over which the
+    weights are divided; every rank runs the same bundle."""
 
     layers: Annotated[int, Field(ge=1, le=64)] = 3
     period: Literal[1] = 1
     weights: Size | None = None
     vision_weights: Size | None = None
+    ranks: Annotated[int, Field(ge=1, le=1024)] = 1
 
 
 class Quantisation(Record):

@@ -54,6 +54,11 @@ def named(config: Mapping[str, Any], field: str) -> tuple[str, Any]:
     return field, None
 
 
+def token_side(config: Mapping[str, Any]) -> int:
+    """Patches on a side of what becomes one token behind step3's tower: the steps of its two convolutions."""
+    return 2 * int(config["understand_projector_stride"])
+
+
 def check_config(config: Mapping[str, Any]) -> None:
     """All rules on one published config.json.  Raises PydanticCustomError whose context names the field."""
     text = text_config(config)
@@ -130,3 +135,30 @@ def _experts(text: Mapping[str, Any], at: tuple[str, ...]) -> None:
         raise _error("config_experts", "'{chosen}' = {k} is more than '{count}' = {n}", at, chosen, chosen=chosen, count=count, k=k, n=n)
     if k is not None and n is None:
         raise _error("config_experts", "'{chosen}' is given, the number of experts is not", at, chosen, chosen=chosen)
+
+
+# -- ranks ---------------------------------------------------------------------------------------------------------------
+def undivided(config: Mapping[str, Any], ranks: int) -> str:
+    """Why the weights of a model cannot be divided over `ranks` ranks; empty when they can.
+
+    Attention heads of text and tower divide evenly, key heads too or one stands on several ranks; so do the inner widths of gated layers,
+    of each expert and of a shared one.
+    """
+    text, vision = text_config(config), config.get("vision_config")
+    keys = named(text, "num_key_value_heads")[1] or text["num_attention_heads"]
+    if keys % ranks and ranks % keys:
+        return f"{keys} key heads neither divide by {ranks} nor stand on {ranks} ranks evenly"
+    inner = ("num_attention_heads", "moe_intermediate_size", "share_expert_dim")
+    sizes = [(text, field, "") for field in (*inner, *(() if text.get("moe_intermediate_size") and not text.get("moe_layers_enum") else
+             ("intermediate_size",)))]
+    sizes += [(vision, field, "vision_config.") for field in ("num_heads", "intermediate_size")] if isinstance(vision, dict) else []
+    for fields, field, at in sizes:
+        name, size = named(fields, field)
+        if size is not None and size % ranks:
+            return f"'{at}{name}' = {size} is no multiple of {ranks}"
+    return ""
+
+
+def degrees(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """The numbers of ranks over which a model can be divided."""
+    return tuple(n for n in range(1, text_config(config)["num_attention_heads"] + 1) if not undivided(config, n))

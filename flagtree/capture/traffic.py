@@ -25,7 +25,9 @@ aten = torch.ops.aten
 # results that live in an input's memory though the schema does not say so
 _VIEWS = frozenset({aten._unsafe_view.default, aten.detach.default, aten.alias.default, aten.lift_fresh.default})
 _GATHERS = frozenset({aten.embedding.default, aten.index.Tensor, aten.index_select.default, aten.gather.default})
-_OURS = ("attention", "attend", "full_attention", "varlen_attention", "paged_attention", "moe_route", "fused_moe")
+_OURS = (
+    "attention", "attend", "full_attention", "varlen_attention", "paged_attention", "moe_route", "fused_moe", "all_reduce", "all_gather"
+)  # fmt: skip
 _WHOLE = frozenset({aten.linear.default, *(getattr(torch.ops.flagtree, name).default for name in _OURS)})
 _CHECKS = frozenset({aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten.sym_constrain_range_for_size.default})
 

@@ -26,6 +26,8 @@ EXAMPLES = """
 
 `flagtree compile ./config.json --target cuda:sm90 --part prefill,decode` takes a model's own config.json in place of a name.
 
+`flagtree compile step3 --target cuda:sm90 --tp 8` builds what each of eight ranks runs; the manifest says what of the weights each loads.
+
 `flagtree compile qwen3 --for vllm --tp 1,2 -o bundles` builds the graphs that vLLM will ask for, with one and with two ranks
 (docs/serving.md).
 
@@ -44,7 +46,8 @@ def run(
                      "is what the installed vLLM runs on.", show_default=False),
     ] = None,
     server: Annotated[str | None, typer.Option("--for", help="Compile the graphs of a server, 'vllm', instead of the model's own.")] = None,
-    tp: Annotated[str | None, typer.Option(help="With --for: degrees of tensor parallelism, as in 1,2; one bundle has them all.")] = None,
+    tp: Annotated[str | None, typer.Option(help="Ranks over which the weights are divided; all of them run one bundle. With --for: "
+                  "degrees, as in 1,2; one bundle has them all.", show_default=False)] = None,
     graphs: Annotated[Path | None, typer.Option(help="Compile the graphs that a server recorded here, not a model.")] = None,
     part: Annotated[list[str] | None, typer.Option(help="Only these parts: prefill, decode, vision; with commas, or repeat it.")] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Another number of layers than the model has.")] = None,
@@ -64,8 +67,9 @@ def run(
 
     if graphs is None and not model:
         raise FlagtreeError("nothing to compile", hint="name a model, or what a server recorded: --graphs FILE")
-    if graphs is not None and (model or part or layers or dtype or server):
-        raise FlagtreeError("--graphs compiles what a server recorded, as it is", hint="leave model, --for, --part, --layers, --dtype out")
+    if graphs is not None and (model or part or layers or dtype or server or tp):
+        hint = "leave model, --for, --tp, --part, --layers, --dtype out"
+        raise FlagtreeError("--graphs compiles what a server recorded, as it is", hint=hint)
     if not target and server is None:
         raise FlagtreeError("no target is named", why="a bundle is for one chip", hint="--target cpu; `flagtree targets` lists them")
     parts = [each.strip() for names in part or () for each in names.split(",")] or None
@@ -83,7 +87,7 @@ def run(
             else:
                 from flagtree.compile import compile_model
 
-                report = compile_model(name, targets, parts=parts, layers=layers, dtype=dtype, **common)
+                report = compile_model(name, targets, parts=parts, layers=layers, dtype=dtype, ranks=degrees[0], **common)
         if json:
             typer.echo(report.to_json())
             continue
@@ -99,15 +103,16 @@ def _checked(
     from flagtree.errors import FlagtreeError, UnknownName
 
     if server is None:
-        if tp is not None:
-            raise FlagtreeError("--tp belongs to a server's graphs", hint="--for vllm --tp 1,2")
+        degrees = _degrees(tp or "1")
+        if len(degrees) > 1:
+            raise FlagtreeError("a bundle is for one number of ranks", where=f"--tp {tp}", hint="--tp 2; several go with --for vllm")
         from flagtree.capture.model_spec import load_spec
 
         for name in models:
-            spec = load_spec(name)
+            spec = load_spec(name).with_ranks(degrees[0])
             for each in parts or ():
                 spec.bounds(each)
-        return ()
+        return degrees
     if server not in SERVERS:
         raise UnknownName("server", server, SERVERS)
     if parts:

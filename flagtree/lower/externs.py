@@ -14,6 +14,7 @@ _PAGED = "attention over a paged cache: the server's own operator, whose page si
 _RANDOM = "random numbers: the generator's own order is kept"
 _ORDER = "sorting: the platform's library"
 _SCATTER = "scatter by index tensors: eager checks each index, and two may name one element"
+_COLLECTIVE = "collective: the process group's library"
 _LAYOUT = "uninitialised memory: allocation only"
 REASONS = {
     **dict.fromkeys(("aten.linear", "aten.mm", "aten.bmm", "aten.addmm", "aten.baddbmm", "aten.matmul"), _GEMM),
@@ -22,6 +23,7 @@ REASONS = {
     **dict.fromkeys(("aten.scaled_dot_product_attention", "flagtree.attend", "flagtree.attention"), _ATTENTION),
     **dict.fromkeys(("flagtree.full_attention", "flagtree.varlen_attention"), _ATTENTION),
     "flagtree.paged_attention": _PAGED,
+    **dict.fromkeys(("flagtree.all_reduce", "flagtree.all_gather"), _COLLECTIVE),
     "aten._scaled_dot_product_flash_attention_for_cpu": _ATTENTION,
     "aten._scaled_dot_product_flash_attention_for_cpu_backward": _ATTENTION,
     **dict.fromkeys(("aten.sort", "aten.topk", "aten.argsort", "aten.median", "aten.kthvalue"), _ORDER),

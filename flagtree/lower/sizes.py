@@ -79,13 +79,16 @@ def _is_floor_of_one(expr: Any) -> bool:
 
 
 def _decided(expr: Any, shape_env: Any) -> Any:
-    """Min and Max of two sizes by what holds for the example: the shape environment guards on it."""
+    """Min and Max of sizes by what holds for the example: the shape environment guards on it."""
     while True:
-        choice = next((e for e in expr.atoms(Min, Max) if len(e.args) == 2 and e.free_symbols), None)
+        choice = next((e for e in expr.atoms(Min, Max) if e.free_symbols), None)
         if choice is None:
             return expr
-        low, high = choice.args if bool(shape_env.evaluate_expr(choice.args[0] <= choice.args[1])) else choice.args[::-1]
-        expr = expr.xreplace({choice: low if isinstance(choice, Min) else high})
+        found, *others = choice.args
+        for other in others:
+            if bool(shape_env.evaluate_expr(found <= other)) != isinstance(choice, Min):
+                found = other
+        expr = expr.xreplace({choice: found})
 
 
 def _equalities(shape_env: Any) -> tuple[dict[Any, Any], dict[str, int]]:

@@ -21,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from flagtree.errors import BindError
 from flagtree.runtime import attention_variants as attention_variants  # registers the operators without a cache of this form
+from flagtree.runtime import collectives as collectives  # registers what ranks say to each other,
 from flagtree.runtime import expert_products as expert_products  # the products of a mixture of experts,
 from flagtree.runtime import experts as experts  # the whole of it,
 from flagtree.runtime import quantised as quantised  # quantisation,

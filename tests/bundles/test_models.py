@@ -123,7 +123,7 @@ def test_the_towers_of_the_references(tmp_path: Path) -> None:
     shapes = ((10, 10), (3, 7))
     pad = torch.nn.utils.rnn.pad_sequence
     given = {
-        "step3": {"pixels": torch.randn(2, 6, 6, 48, generator=random), "positions": torch.randn(6, 6, 32, generator=random)},
+        "step3": {"pixels": torch.randn(2, 2, 4, 2, 4, 48, generator=random), "positions": torch.randn(2, 4, 2, 4, 32, generator=random)},
         "minicpm": {
             "pixels": pad([torch.randn(r * c, 48, generator=random) for r, c in shapes], batch_first=True),
             "positions": pad([minicpmv4.patch_positions(r, c, 10) for r, c in shapes], batch_first=True),

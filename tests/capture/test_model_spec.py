@@ -179,7 +179,7 @@ def test_a_published_configuration_with_a_tower(tmp_path: Path) -> None:
     nested = {**load_spec("step3").config, "architectures": ["Step3VLForConditionalGeneration"], "dtype": "bfloat16"}
     (tmp_path / "config.json").write_text(json.dumps(nested), encoding="utf-8")
     assert (load_spec(tmp_path).depth, load_spec(tmp_path).bounds("decode").context) == (61, (1, 65536))
-    assert load_spec(tmp_path).bounds("vision").side == (52, 52)
+    assert load_spec(tmp_path).bounds("vision").side == (1, 13)
 
 
 def test_more_layers_than_any_model_has_are_refused() -> None:

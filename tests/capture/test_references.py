@@ -103,8 +103,8 @@ def test_post_norm_block_norms_what_it_adds() -> None:
 def test_an_image_becomes_a_quarter_of_a_quarter_of_its_patches() -> None:
     model = random_weights(full_depth(small_spec("step3"), "vision"))
     images, embeddings = torch.randn(2, 3, 32, 32), model.vision_model.embeddings  # type: ignore[union-attr]
-    pixels = images.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).flatten(3)
-    positions = step3.patch_positions(embeddings.position_embedding.weight.detach(), 8)
+    pixels = images.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).reshape(2, 2, 4, 2, 4, 48)
+    positions = step3.patch_positions(embeddings.position_embedding.weight.detach(), 8).view(2, 4, 2, 4, 32)
     with torch.no_grad():
         features = model.see(pixels, positions)  # type: ignore[operator]
         rows = embeddings(pixels, positions)

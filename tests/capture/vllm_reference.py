@@ -122,10 +122,11 @@ def compare(kind: str, folder: Path) -> dict[str, tuple[float, float]]:
     pairs = {"text": (text_logits(kind, ours["prefill"]), their_text(theirs, config))}
     tower: Any = ours["vision"]
     if kind == "step3":
-        for side in (8, 6):  # an image, and a crop whose positions are resampled
+        for side in (8, 4):  # an image, and a crop whose positions are resampled
             images = torch.randn(2, 3, 4 * side, 4 * side, generator=random)
-            pixels = images.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).flatten(3)
-            positions = step3.patch_positions(tower.vision_model.embeddings.position_embedding.weight, side)
+            pixels = images.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).reshape(2, side // 4, 4, side // 4, 4, -1)
+            table = tower.vision_model.embeddings.position_embedding.weight
+            positions = step3.patch_positions(table, side).view(side // 4, 4, side // 4, 4, -1)
             mine = tower.see(pixels, positions).flatten(0, 1)
             pairs["vision" if side == 8 else "crop"] = (mine, theirs._batched_encoder_forward(images))
     else:

@@ -62,7 +62,7 @@ def vision_block(spec: ModelSpec) -> int:
         rows = REFERENCE["vision"]["tokens"] * merged**2
         turned, activation = 4 * _BYTES * rows * width + 2 * 2 * _BYTES * rows * width // vision["num_heads"], _gated(rows, width, inner)
     else:
-        square = REFERENCE["vision"]["side"] ** 2 + 4
+        square = (REFERENCE["vision"]["side"] * 2 * spec.config.get("understand_projector_stride", 0)) ** 2 + 4
         rows = square if "output_hidden_size" in vision else REFERENCE["vision"]["patches"]
         turned, activation = 0, _product(rows, width, inner) + _product(rows, inner, width) + 2 * _BYTES * rows * inner
     # one product for query, key and value or three: the rows are read once in the one, three times in the others

@@ -53,7 +53,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
          "vision_config": {"hidden_size": 32, "intermediate_size": 48, "output_hidden_size": 24, "num_hidden_layers": 5,
                            "num_attention_heads": 2, "num_channels": 3, "image_size": 32, "patch_size": 4, "layer_norm_eps": 1e-5,
                            "hidden_act": "quick_gelu"}},
-        {"images": [1, 4], "side": [6, 6]},
+        {"images": [1, 4], "side": [1, 3]},
     ),
 }  # fmt: skip
 QWEN3 = {**TEXT, "model_type": "qwen3", "head_dim": 32, "attention_bias": False, "use_sliding_window": False}

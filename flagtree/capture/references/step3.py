@@ -79,13 +79,14 @@ class DecoderLayer(nn.Module):
         self.routed = kind == "experts"
         if self.routed:
             self.moe, self.share_expert = Experts(text), GatedLayer(width, text["share_expert_dim"])
+            self.sum = nn.Identity()  # where ranks that have a part of each expert add up
         else:
             self.mlp = GatedLayer(width, text["intermediate_size"])
 
     def forward(self, x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor], cache: ExplicitCache) -> torch.Tensor:
         x = x + self.self_attn(self.input_layernorm(x), tables, cache)
         y = self.post_attention_layernorm(x)
-        return x + (self.share_expert(y) + self.moe(y) if self.routed else self.mlp(y))
+        return x + (self.sum(self.share_expert(y) + self.moe(y)) if self.routed else self.mlp(y))
 
 
 class TextModel(nn.Module):
@@ -168,8 +169,8 @@ class TowerBlock(nn.Module):
 
 
 class Embeddings(nn.Module):
-    """Patches of images [B, side, side, 3 * patch * patch], each as the convolution of the checkpoint reads it, with the class row four
-    times before them and a position on each [B, 4 + side * side, width]; `positions` [side, side, width]: see `patch_positions`."""
+    """Patches of images [B, side, m, side, m, 3 * patch * patch], each as the convolution of the checkpoint reads it, with the class row
+    four times before them and a position on each [B, 4 + (side m)^2, width]; `positions` [side, m, side, m, width]: `patch_positions`."""
 
     def __init__(self, vision: Mapping[str, Any]) -> None:
         super().__init__()
@@ -180,9 +181,9 @@ class Embeddings(nn.Module):
 
     def forward(self, pixels: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         convolution = self.patch_embedding  # its kernel is as large as its step: a product with the flat patch
-        patches = functional.linear(pixels, convolution.weight.flatten(1), convolution.bias) + positions
+        rows = functional.linear(pixels.flatten(3, 4).flatten(1, 3), convolution.weight.flatten(1), convolution.bias)
         first = self.class_embedding + self.position_embedding.weight[:1]
-        return torch.cat([first.expand(pixels.shape[0], _CLASS_ROWS, -1), patches.flatten(1, 2)], 1)
+        return torch.cat([first.expand(pixels.shape[0], _CLASS_ROWS, -1), rows + positions.flatten(2, 3).flatten(0, 2)], 1)
 
 
 class Tower(nn.Module):
@@ -214,9 +215,12 @@ class Vision(nn.Module):
         self.vit_large_projector = nn.Linear(2 * made, width, bias=config["projector_bias"])
 
     def see(self, pixels: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Patches [B, side, side, 3 * patch * patch] to rows of the text's width [B, tokens, width]."""
-        patches = self.vision_model(pixels, positions)
-        grid = patches.transpose(1, 2).unflatten(2, (pixels.shape[1], pixels.shape[2]))
+        """Patches [B, side, m, side, m, 3 * patch * patch] to rows of the text's width [B, side * side, width].
+
+        `m` patches on a side become one token (`spec_rules.token_side`), so the sizes of every step are multiples of one.
+        """
+        patches, (side, merged) = self.vision_model(pixels, positions), pixels.shape[1:3]
+        grid = patches.transpose(1, 2).unflatten(2, (side * merged, side * merged))
         return self.vit_large_projector(self.vit_downsampler2(self.vit_downsampler(grid)).flatten(2).transpose(1, 2))
 
 
