@@ -107,7 +107,7 @@ def for_vllm() -> str:
             degrees = degrees or ["1"]
             capture = f"capture_ahead(server_model({name!r}, layers={layers}), [{degrees[0]}])"
             command = [sys.executable, "-c", f"from flagtree.capture.ahead import capture_ahead, server_model; {capture}"]
-            (cpu, wall, memory), _ = _used(Path(home), command, path)
+            (cpu, _, memory), _ = _used(Path(home), command, path)
             built = compile_in(Path(home), name, "--for", "vllm", "--layers", str(layers), "--tp", degrees[0], path=path)
         assert not built.bundle["cached"]
         parts = built.bundle["parts"]
@@ -115,8 +115,8 @@ def for_vllm() -> str:
         lines.append([name, layers, *degrees, f"{cpu:.1f}", f"{memory:.0f}", f"{built.cpu:.1f}", f"{built.memory:.0f}",
                       built.bundle["kernels"], calls])  # fmt: skip
         print(*lines[-1], sep=" | ", file=sys.stderr, flush=True)
-    header = ("model", "layers", "tensor parallel", "capture, CPU s", "its largest process, MB", "the rest, CPU s", "its largest process, MB",
-              "distinct kernels", "launches of a graph")  # fmt: skip
+    header = ("model", "layers", "tensor parallel", "capture, CPU s", "its largest process, MB", "the rest, CPU s",
+              "its largest process, MB", "distinct kernels", "launches of a graph")  # fmt: skip
     return rows(header, lines)
 
 
