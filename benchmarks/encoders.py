@@ -58,7 +58,7 @@ def main() -> None:
                 lines.append(measured(name, batch, tokens, kind, dtype, options.repeats))
                 print(lines[-1], flush=True)
     if options.out:
-        head = "# Encoders\n\nOne layer, one thread, medians of CPU milliseconds: `python benchmarks/encoders.py`. "
+        head = "# Encoders\n\nOne layer, one thread, medians of CPU milliseconds: `python benchmarks/encoders.py`.\n\n"
         head += measure.conditions() + "\n\n"
         options.out.write_text(head + "\n".join(lines) + "\n", "utf-8")
 
