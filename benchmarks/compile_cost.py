@@ -115,8 +115,8 @@ def for_vllm() -> str:
         lines.append([name, layers, *degrees, f"{cpu:.1f}", f"{memory:.0f}", f"{built.cpu:.1f}", f"{built.memory:.0f}",
                       built.bundle["kernels"], calls])  # fmt: skip
         print(*lines[-1], sep=" | ", file=sys.stderr, flush=True)
-    header = ("model", "layers", "tensor parallel", "capture, CPU s", "its largest process, MB", "the rest, CPU s",
-              "its largest process, MB", "distinct kernels", "launches of a graph")  # fmt: skip
+    header = ("model", "layers", "tensor parallel", "capture, CPU s", "memory, MB", "the rest, CPU s", "memory, MB",
+              "distinct kernels", "launches of a graph")  # fmt: skip
     return rows(header, lines)
 
 

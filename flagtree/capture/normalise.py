@@ -175,6 +175,34 @@ class _Tracer(fx.Interpreter):
             self.recorder.origin = Origin(n.name, _module_path(n), _source_line(n))
         return super().run_node(n)
 
+    def call_function(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> object:
+        if target is operator.getitem and isinstance(args[0], torch.Tensor) and _is_elsewhere(args[0]):
+            return _indexed(*args)
+        return super().call_function(target, args, kwargs)
+
+
+def _is_elsewhere(tensor: torch.Tensor) -> bool:
+    """Is it of a device for which this torch was not built?"""
+    return tensor.device.type not in ("cpu", "meta") and torch.accelerator.current_accelerator() is None
+
+
+def _indexed(x: torch.Tensor, index: Any) -> torch.Tensor:
+    """`x[index]` by the views that it means; Python's own way asks the library of the device for a guard."""
+    items = index if isinstance(index, tuple) else (index,)
+    if any(isinstance(i, (torch.Tensor, list, bool)) for i in items):
+        return operator.getitem(x, index)
+    dim, skipped = 0, x.dim() - sum(i is not None and i is not Ellipsis for i in items)
+    for i in items:
+        if i is Ellipsis:
+            dim += skipped
+        elif i is None:
+            x, dim = x.unsqueeze(dim), dim + 1
+        elif isinstance(i, slice):
+            x, dim = x if i == slice(None) else torch.ops.aten.slice.Tensor(x, dim, i.start, i.stop, i.step or 1), dim + 1
+        else:
+            x = x.select(dim, i)
+    return x
+
 
 def _module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack")

@@ -178,6 +178,15 @@ def test_what_vllm_cannot_trace_names_the_line_of_the_model(tmp_path: Path) -> N
     assert 'self.scoring_func == "softmax"' in raised.value.why
 
 
+def test_the_graph_of_a_gpu_is_predicted_as_this_one_s_on_that_device(tmp_path: Path) -> None:
+    model = server_model(described(tmp_path / "m", QWEN3))
+    (here,), (there,) = (capture_ahead(model, [1], device=device) for device in ("cpu", "cuda"))
+    assert there.key != here.key
+    assert there.text == here.text.replace("cpu", "cuda")
+    assert there.facts["predicted"] == "from vLLM's model class, for cuda"
+    assert there.program.replace(there.name, here.name) == here.program
+
+
 def test_the_graph_of_another_platform_is_refused_where_it_cannot_be_known(tmp_path: Path) -> None:
     with pytest.raises(CaptureError, match="cannot be predicted"):
         capture_ahead(server_model(described(tmp_path / "m", QWEN3)), [2], device="cuda")
