@@ -7,6 +7,7 @@ docs/certificate.md explains it.
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from flagtree.targets.base import Target
 from flagtree.toolchain.base import BuiltKernel
 
 SHORT, LONG = "short", "long"
+LONGEST = 2**20  # terms of one element's sums at the upper end of the short form
 
 
 class WrongKernel(FlagtreeError):
@@ -83,14 +85,19 @@ class Evidence:
 
 
 def runs_of(program: Program, form: str) -> list[Run]:
-    """The runs of an isolated kernel.  Short: small tensors of two sizes, and the joint upper end where blocks can be chosen.  Long:
+    """The runs of an isolated kernel.  Short: small tensors of two sizes, and an upper end where blocks can be chosen: the joint one, or
+    that of a single size where one element would be a sum over millions there (a count over all rows of all sequences).  Long:
     every kind of input, aligned and misaligned, at the low ends and between, and each symbol at its upper end, alone and together."""
     low, odd = sample_symbols(program)
     upper = upper_ends(program)
     if form == SHORT and form_of(program) is not None:  # scores near zero alone would weigh all keys alike
         return [Run(low), Run(odd), Run(odd, "ordinary, small")]
     if form == SHORT:
-        return [Run(low), Run(odd, "ordinary, small"), Run(upper[0][1], upper=upper[0][0], blocks=3)]
+        summed = [a.extent for step in program.steps if isinstance(step, Kernel) for a in step.axes if a.kind == "reduce"]
+        longest = [math.prod(extent.evaluate(symbols) for extent in summed) for _, symbols in upper]
+        within = [k for k, count in enumerate(longest) if count <= LONGEST]
+        chosen = 0 if 0 in within else max(within, key=lambda k: longest[k], default=0)
+        return [Run(low), Run(odd, "ordinary, small"), Run(upper[chosen][1], upper=upper[chosen][0], blocks=3)]
     whole = [Run(sizes, kind, shift) for sizes in (lower_ends(program), odd) for kind in KINDS for shift in (0, 1)]
     return [*whole, *(Run(symbols, upper=name, blocks=8) for name, symbols in upper)]
 

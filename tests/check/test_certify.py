@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flagtree.artifact.certificate import Certificate, decode
-from flagtree.check.certify import Eager, Evidence, Subject, WrongKernel, certify
+from flagtree.check.certify import LONG, SHORT, Eager, Evidence, Subject, WrongKernel, certify, runs_of
 from flagtree.check.recipe import NoEager
 from flagtree.ir.canonical import digest, isolate
 from flagtree.ir.program import Kernel, Origin
@@ -291,3 +291,26 @@ def test_the_compiler_is_named(right: dict[str, Subject]) -> None:
     versions = certify([right["pad"]], find_target("cpu")).versions
     assert versions["c++"] == cxx.find_compiler().version
     assert versions["torch"] == torch.__version__
+
+
+def test_a_sum_over_millions_has_the_upper_end_of_one_size() -> None:
+    """A count over all rows of all sequences: at the joint end of both sizes one element would take 2^24 terms."""
+    text = """program isolated
+  symbol n0 in 1..256 from argument
+  symbol n1 in 1..65536 from argument
+  buffer b0: i32[n0*n1] input
+  buffer b1: i32[8] temp
+  kernel kernel {i0 < 8} reduce {r0 < n0*n1} numerics(eager, contract=off, acc=f32)
+    v0: i32 = load b0[r0]
+    v1: i32 = index i0
+    v2: b1 = le v0, v1
+    v3: i32 = cast v2
+    v4: i32 = sum v3 over r0
+    store b1[i0] = v4
+  outputs b1
+"""
+    program = parse_program(text)
+    assert [(run.upper, dict(run.symbols)) for run in runs_of(program, SHORT) if run.upper] == [("n1", {"n0": 1, "n1": 65536})]
+    short = parse_program(text.replace("1..65536", "1..4096"))
+    assert [run.upper for run in runs_of(short, SHORT) if run.upper] == ["all"]
+    assert {run.upper for run in runs_of(program, LONG) if run.upper} == {"all", "n0", "n1"}
