@@ -18,6 +18,7 @@ from flagtree.capture.architectures import ARCHITECTURES, architecture
 from flagtree.capture.attention import register_attention, take_packed_attention
 from flagtree.capture.experts import register_experts, take_routing
 from flagtree.capture.model_spec import ModelSpec
+from flagtree.capture.quantised import take_quantisation
 from flagtree.errors import CaptureError
 from flagtree.passes.repeat import Run
 
@@ -72,6 +73,8 @@ def build(spec: ModelSpec, part: str, runs: Sequence[Run], element: torch.dtype)
         why = f"{type(error).__name__}: {error}"
         raise CaptureError("the model cannot be built", where=spec.name, why=why, hint=_COMPARE_CONFIG) from error
     take_routing(model)
+    if spec.capture.quantised:
+        take_quantisation(model, spec.quantisation, spec.name)
     for name, weight in [*model.named_parameters(), *model.named_buffers()]:
         for pattern, dtype in spec.dtypes.items():
             if fnmatch.fnmatchcase(name, pattern):

@@ -32,6 +32,11 @@ def experts(module: Any, hidden: torch.Tensor, ids: torch.Tensor, weights: torch
     kind = type(module.act_fn).__name__
     if kind not in _ACTIVATIONS:
         raise CaptureError(f"experts with the activation {kind}", where=type(module).__name__, hint=f"known: {', '.join(_ACTIVATIONS)}")
+    if (scales := module._parameters.get("gate_up_proj_scale_inv")) is not None:  # capture/quantised.py
+        return torch.ops.flagtree.fused_moe_scaled(
+            hidden, module.gate_up_proj, scales, module.down_proj, module.down_proj_scale_inv, weights.to(torch.float32),
+            ids.to(torch.int32), _ACTIVATIONS[kind],
+        )  # fmt: skip
     return torch.ops.flagtree.fused_moe(
         hidden, module.gate_up_proj, module.down_proj, weights.to(torch.float32), ids.to(torch.int32), _ACTIVATIONS[kind]
     )

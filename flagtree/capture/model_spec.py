@@ -246,7 +246,8 @@ def spec_key(spec: ModelSpec, part: str, layers: int | None = None, dtype: str |
     bounds = spec.bounds(part)
     return {
         "model": {"architecture": spec.architecture, "config": spec.config, "dtypes": spec.dtypes,
-                  "weights": [spec.capture.weights, spec.capture.vision_weights]},
+                  "weights": [spec.capture.weights, spec.capture.vision_weights],
+                  "quantised": spec.quantisation.model_dump(mode="json") if spec.capture.quantised and spec.quantisation else None},
         "part": part,
         "bounds": bounds.model_dump(mode="json"),
         "layers": spec.traced_layers(layers),

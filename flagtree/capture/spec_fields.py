@@ -102,17 +102,19 @@ class Bridge(Record):
 class Recipe(Record):
     """`layers` to trace of each kind of layer (first, interior, last), decoder layers in one `period` of the repeat, `weights`: tensors
     of the text parts at full depth, `vision_weights`: those of the tower and its bridge.  `ranks`: of tensor parallelism, over which the
-    weights are divided; every rank runs the same bundle."""
+    weights are divided; every rank runs the same bundle.  `quantised`: the graph computes with what `quantisation` says the checkpoint
+    stores, activations quantised as they come; else in `dtype`, from weights taken back."""
 
     layers: Annotated[int, Field(ge=1, le=64)] = 3
     period: Literal[1] = 1
     weights: Size | None = None
     vision_weights: Size | None = None
     ranks: Annotated[int, Field(ge=1, le=1024)] = 1
+    quantised: bool = False
 
 
 class Quantisation(Record):
-    """What the checkpoint stores instead of `dtype`: an annotation, the captured graph computes in `dtype`.
+    """What the checkpoint stores instead of `dtype`; the captured graph computes in `dtype` unless the recipe says `quantised`.
 
     `weights` in blocks of `block` [rows, columns] with one `scale` each, named `scale_name` beside the weight; activations are
     quantised when the model runs, in groups of `activation_group` elements of a row.  `excluded`: patterns of names kept as they are.

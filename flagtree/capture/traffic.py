@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from flagtree.capture.captured import CapturedModel
+from flagtree.ir.traffic import EXPERTS
 
 aten = torch.ops.aten
 
@@ -26,7 +27,8 @@ aten = torch.ops.aten
 _VIEWS = frozenset({aten._unsafe_view.default, aten.detach.default, aten.alias.default, aten.lift_fresh.default})
 _GATHERS = frozenset({aten.embedding.default, aten.index.Tensor, aten.index_select.default, aten.gather.default})
 _OURS = (
-    "attention", "attend", "full_attention", "varlen_attention", "paged_attention", "moe_route", "fused_moe", "all_reduce", "all_gather"
+    "attention", "attend", "full_attention", "varlen_attention", "paged_attention", "moe_route", "fused_moe", "fused_moe_scaled",
+    "scaled_linear", "quantise", "all_reduce", "all_gather",
 )  # fmt: skip
 _WHOLE = frozenset({aten.linear.default, *(getattr(torch.ops.flagtree, name).default for name in _OURS)})
 _CHECKS = frozenset({aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten.sym_constrain_range_for_size.default})
@@ -139,9 +141,10 @@ class _Run(torch.fx.Interpreter):
             read, written = read - rows, written + rows
         elif target in _GATHERS:
             read += sum(map(tensor_bytes, outputs)) - tensor_bytes(inputs[0])
-        elif target is torch.ops.flagtree.fused_moe.default:  # a weight is read once for each expert that some token takes
-            experts, taken = inputs[1].shape[0], inputs[4].numel()
-            read -= sum(map(tensor_bytes, inputs[1:3])) * max(0, experts - taken) // experts
+        elif str(target) in EXPERTS:  # a weight is read once for each expert that some token takes
+            weights, choices = EXPERTS[str(target)]
+            experts, taken = inputs[weights[0]].shape[0], inputs[choices].numel()
+            read -= sum(tensor_bytes(inputs[k]) for k in weights) * max(0, experts - taken) // experts
         self.calls.append(AtenCall(str(target), self.node, self.layer, read, written))
 
 

@@ -34,7 +34,7 @@ from flagtree.toolchain.base import BuiltKernel
 
 Tensor = torch.Tensor
 LARGEST = 1 << 22  # points times reduced elements that are computed in a run on whole tensors
-WHOLE, BLOCKS = 1 << 25, 2  # elements of all experts' weights up to which they are filled; blocks that are executed where they are not
+WHOLE, BLOCKS = 1 << 20, 2  # elements of a product's weights up to which all of it is executed; blocks that are where it is not
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,8 @@ GATHERS: Mapping[str, int] = {"aten.embedding.default": 0, "aten.index_select.de
 # weights [experts, ...] that are read once for each expert that a choice takes, and what has an element for each choice
 EXPERTS: Mapping[str, tuple[tuple[int, ...], int]] = {
     "flagtree.fused_moe.default": ((1, 2), 4), "flagtree.experts_up.default": ((1,), 2), "flagtree.experts_down.default": ((1,), 2),
+    "flagtree.fused_moe_scaled.default": ((1, 2, 3, 4), 6), "flagtree.experts_up_scaled.default": ((2, 3), 4),
+    "flagtree.experts_down_scaled.default": ((2, 3), 4),
 }  # fmt: skip
 NEW_ROWS: Mapping[str, tuple[int, ...]] = {"flagtree.attention.default": (1, 2)}  # written into the mutated caches
 

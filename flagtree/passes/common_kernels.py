@@ -21,18 +21,17 @@ def join_equal_kernels(program: Program) -> Program:
             writers[root] = writers.get(root, 0) + 1
     outputs = {program.root(n) for n in program.outputs}
     version: dict[str, int] = {}
-    first: dict[object, str] = {}
+    first: dict[object, tuple[str, ...]] = {}
     same: dict[str, str] = {}
     steps: list[Step] = []
     for step in program.steps:
         step = renamed(step, same) if same else step
-        out = _only_output(program, step, writers, outputs)
-        if out is not None:
+        if out := _only_outputs(program, step, writers, outputs):
             assert isinstance(step, Kernel)
-            key = _identity(program, step, out, version)
-            earlier = first.setdefault(key, out.name)
-            if earlier != out.name:
-                same[out.name] = earlier
+            names = tuple(b.name for b in out)
+            earlier = first.setdefault(_identity(program, step, out, version), names)
+            if earlier != names:
+                same |= dict(zip(names, earlier, strict=True))
                 continue
         for name in step.writes:
             root = program.root(name)
@@ -44,18 +43,20 @@ def join_equal_kernels(program: Program) -> Program:
     return program.with_(steps=tuple(steps), buffers=buffers)
 
 
-def _only_output(program: Program, step: Step, writers: dict[str, int], outputs: set[str]) -> Buffer | None:
-    if not isinstance(step, Kernel) or len(step.stores) != 1 or step.stores[0].mode != "set":
-        return None
-    buffer = program.buffer(step.stores[0].access.buffer)
-    plain = buffer.role == "temp" and buffer.alias_of is None and writers[buffer.name] == 1
-    return buffer if plain and buffer.name not in outputs and buffer.name not in step.reads else None
+def _only_outputs(program: Program, step: Step, writers: dict[str, int], outputs: set[str]) -> tuple[Buffer, ...]:
+    """The temps that a kernel stores, once each, where it is nothing else that it stores; else none."""
+    if not isinstance(step, Kernel) or any(s.mode != "set" for s in step.stores):
+        return ()
+    found = tuple(program.buffer(s.access.buffer) for s in step.stores)
+    names = {b.name for b in found}
+    plain = all(b.role == "temp" and b.alias_of is None and writers[b.name] == 1 for b in found) and len(names) == len(found)
+    return found if plain and names.isdisjoint(outputs) and names.isdisjoint(step.reads) else ()
 
 
-def _identity(program: Program, kernel: Kernel, out: Buffer, version: dict[str, int]) -> object:
+def _identity(program: Program, kernel: Kernel, out: tuple[Buffer, ...], version: dict[str, int]) -> object:
     body = tuple(replace(op, access=replace(op.access, buffer="")) if isinstance(op, Store) else op for op in kernel.body)
     reads = tuple((n, version.get(program.root(n), 0)) for n in kernel.reads)
-    return (kernel.axes, repr(body), kernel.numerics, reads, out.dtype, out.shape, out.layout)
+    return (kernel.axes, repr(body), kernel.numerics, reads, tuple((b.dtype, b.shape, b.layout) for b in out))
 
 
 def _rebased(buffer: Buffer, same: dict[str, str]) -> Buffer:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,6 +24,7 @@ from flagtree.toolchain.triton_aot import STAGES, Compiled, Workers, check_limit
 from tests.codegen.triton_kernels import GFX942, SM80, SM90, TEXTS, keyed
 from tests.scheduled import build_triton as build
 from tests.scheduled import generate
+from tests.toolchain.triton31 import compiled_by_31
 
 pytestmark = pytest.mark.skipif(bool(stock_triton.problem()), reason=stock_triton.problem() or "Triton is here")
 
@@ -237,19 +237,7 @@ def test_progress_counts_kernels() -> None:
 @pytest.mark.skipif(settings.triton31_python is None, reason="FLAGTREE_TRITON31_PYTHON names no Python with stock Triton 3.1")
 def test_stock_triton_31_compiles_every_kernel(tmp_path: Path) -> None:
     """The gate that stands for MetaX's fork of Triton 3.1: the same text, for cuda:80."""
-    requests = []
-    for name in TEXTS:
-        source = generate(keyed(name)[1], keyed(name)[0], SM80)
-        path = tmp_path / f"{name}.py"
-        path.write_text(source.text)
-        requests.append({"name": name, "path": str(path), "function": source.function, "signature": source.signature,
-                         "aligned": source.aligned,
-                         "warps": source.warps})  # fmt: skip
-    script = Path(__file__).with_name("triton31_gate.py")
-    done = subprocess.run([str(settings.triton31_python), str(script)], input=json.dumps(requests), capture_output=True, text=True,
-                          env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")})  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert {n: why for n, why in json.loads(done.stdout.splitlines()[-1]).items() if why} == {}
+    assert compiled_by_31({name: generate(keyed(name)[1], keyed(name)[0], SM80) for name in TEXTS}, tmp_path) == {}
 
 
 def test_the_pool_is_idle_when_nothing_is_built() -> None:
