@@ -6,6 +6,7 @@ Called by check/certify.py for each run of each kernel.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -207,8 +208,8 @@ class Examination:
         if self.executor.levels(self.built):
             found = run_native(self.program, self.built, self.executor, run.symbols, seed, self.stated, self.eager)
         else:
-            blocks = run.blocks or BLOCKS
-            found = run_blocks(self.program, self.built, run.symbols, seed, blocks, stated=self.stated, eager=self.eager, kind=run.kind)
+            found = run_blocks(self.program, self.built, run.symbols, seed, self._blocks(run), stated=self.stated, eager=self.eager,
+                               kind=run.kind)  # fmt: skip
         record["inputs"] = self._inputs(run, seed) | {"computed": found.what, "ways": list(found.ways)}
         out: dict[str, object] = {}
         for name, ours in found.ours.items():
@@ -221,6 +222,14 @@ class Examination:
     def _alike(self, run: Run) -> bool:
         """Whether a root-mean-square error of the chosen elements means something."""
         return run.kind in ORDINARY and self.form is None
+
+    def _blocks(self, run: Run) -> int:
+        """How many blocks of the grid: as many as the run says, of a product no more than the interpreter computes in a few seconds."""
+        wanted = run.blocks or BLOCKS
+        if not self.vast or self.kernel.schedule is None:
+            return wanted
+        tile = math.prod(size for axis, size in self.kernel.schedule.tiles if not axis.startswith("r"))
+        return max(1, min(wanted, 8 * LARGEST // (tile * reduced(self.kernel, run.symbols))))
 
     def _beside(self, name: str, found: Sampled, ordinary: bool, faults: list[str]) -> dict[str, object]:
         """What the rows that eager computed say; or why it computed none."""

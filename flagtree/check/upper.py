@@ -49,7 +49,7 @@ def run_blocks(
     grid = tuple(emulator.grid_of(built, values))
     if grid != instances.grid:
         raise Strays("the launch record has another grid than the schedule", why=f"{grid} instead of {instances.grid}")
-    blocks = emulator.sample_blocks(instances.busy, count, seed)
+    blocks = emulator.sample_blocks(instances.busy, count, seed)[-count:]
     points = [point for block in blocks for point in instances.points(block)]
     columns = {name: torch.tensor([p[name] for p in points]) for name in points[0]}
     variants = [v for v in ("aligned", "generic") if f"{v}.llir" in built.files and fits(built, v, symbols)]
