@@ -206,12 +206,12 @@ def _complete(a: Kernel, b: Kernel, base: dict[str, Index], flowing: tuple[str, 
 
 def _cut(axis: Axis, free: list[Axis], a: Kernel, b: Kernel) -> Index | None:
     """`head * size + place`, at which the consumer reads the row that the producer reduces: a norm of all heads, then a turn of each."""
-    found = {j for x in a.loads for y in b.loads if x.access.buffer == y.access.buffer
-             for i, j in zip(x.access.index, y.access.index, strict=True) if i.name == axis.name}  # fmt: skip
+    read = [pair for x in a.loads for y in b.loads if x.access.buffer == y.access.buffer for pair in zip(x.access.index, y.access.index)]
     left = [x for x in free if x.kind == "parallel"]
     for heads, places in itertools.permutations(left) if axis.kind == "reduce" and len(left) == 2 else ():
-        at = Index.of(heads.name) * (places.extent.constant or 0) + Index.of(places.name)
-        if at in found and axis.extent == heads.extent * (places.extent.constant or 0):
+        size = places.extent.constant or 0
+        at = Index.of(heads.name) * size + Index.of(places.name)
+        if axis.extent == heads.extent * size and any(axis.name in i.names() and i.substitute({axis.name: at}) == j for i, j in read):
             return at
     return None
 
