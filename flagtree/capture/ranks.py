@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from flagtree.capture.architectures import Rule, architecture
 from flagtree.capture.model_spec import ModelSpec
-from flagtree.capture.shares import Share, by_key_heads, divided, padded
+from flagtree.capture.shares import Share, by_key_heads, divided, on_the_first, padded
 from flagtree.errors import CaptureError
 from flagtree.runtime.collectives import TENSOR_PARALLEL
 
@@ -89,6 +89,8 @@ class _Division:
                 self._shrink(path, module, name, share[kind](module.get_parameter(name).shape[0], f"{path}.{name}"))
         elif kind in ("rows", "addend"):
             self._shrink(path, module, "weight", divided(module.weight.shape[1], self.ranks, f"{path}.weight", dim=1))
+            if module.bias is not None:
+                self._shrink(path, module, "bias", on_the_first(module.bias.shape[0], self.ranks))
         elif kind in ("experts", "expert addends"):
             for name, weight in list(module.named_parameters(recurse=False)):
                 dim, pieces = (1, 2) if name == "gate_up_proj" else (2, 1)
@@ -113,13 +115,8 @@ def _sum(x: torch.Tensor, ranks: int) -> torch.Tensor:
 
 
 def _rows(module: Any, ranks: int, vocabulary: int) -> Callable[..., torch.Tensor]:
-    """A product over a part of the inner width; the ranks' sum, then the bias, which is whole."""
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        total = _sum(functional.linear(x, module.weight), ranks)
-        return total if module.bias is None else total + module.bias
-
-    return forward
+    """A product over a part of the inner width; the ranks' sum.  The bias is the first rank's, zeros elsewhere."""
+    return lambda x: _sum(functional.linear(x, module.weight, module.bias), ranks)
 
 
 def _summed(module: Any, ranks: int, vocabulary: int) -> Callable[..., torch.Tensor]:

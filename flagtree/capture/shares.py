@@ -61,6 +61,11 @@ def padded(size: int, ranks: int) -> Share:
     return Share(0, own, tuple(((min(r * own, size), min((r + 1) * own, size)),) for r in range(ranks)))
 
 
+def on_the_first(size: int, ranks: int) -> Share:
+    """What is added once: the first rank has it, the others zeros."""
+    return Share(0, size, (((0, size),), *((((0, 0),),) * (ranks - 1))))
+
+
 # -- for whoever loads -----------------------------------------------------------------------------------------------------
 def rank_map(spec: ModelSpec, parts: Iterable[CapturedModel]) -> dict[str, Any]:
     """JSON for the manifest; empty for a model that is not divided.
