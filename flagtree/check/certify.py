@@ -103,18 +103,18 @@ def runs_of(program: Program, form: str) -> list[Run]:
 
 
 def examine(
-    subjects: Sequence[Subject], target: Target, *, form: str = SHORT, libraries: Mapping[str, bytes] | None = None, jobs: int = 1,
+    subjects: Sequence[Subject], target: Target, *, form: str = SHORT, libraries: Mapping[str, bytes] | None = None,
     progress: Progress = SILENT,
 ) -> Evidence:  # fmt: skip
     """Execute each subject in all runs of a form and judge what it stored; a wrong kernel is recorded with `verdict` "fail" and `faults`.
 
-    `libraries`: a bundle's shared objects by CPU level, to run those.  `jobs`: threads that PyTorch may use; kernels run one after
-    the other.
+    `libraries`: a bundle's shared objects by CPU level, to run those.  Kernels run one after the other, and PyTorch
+    has one thread: how eager adds up depends on their number, and the evidence must not.
     """
     distinct = {s.digest: s for s in subjects}
     executor = Executor([s.built for s in distinct.values() if s.built is not None], target, libraries)
     before = torch.get_num_threads()
-    torch.set_num_threads(max(1, jobs))
+    torch.set_num_threads(1)
     records: dict[str, Mapping[str, object]] = {}
     try:
         for digest, subject in distinct.items():
@@ -125,9 +125,9 @@ def examine(
     return Evidence(records, _versions(executor), target.name, form)
 
 
-def certify(subjects: Sequence[Subject], target: Target, *, jobs: int = 1, progress: Progress = SILENT) -> Evidence:
+def certify(subjects: Sequence[Subject], target: Target, *, progress: Progress = SILENT) -> Evidence:
     """`examine` in the short form.  Raises WrongKernel for the first kernel that is wrong, with operators, model layers and numbers."""
-    evidence = examine(subjects, target, jobs=jobs, progress=progress)
+    evidence = examine(subjects, target, progress=progress)
     for subject in subjects:
         if faults := evidence.kernels[subject.digest].get("faults"):
             raise wrong(subject, faults[0])  # type: ignore[index]

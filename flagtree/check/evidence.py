@@ -65,7 +65,7 @@ def gather_described(
     """As `gather`, for kernels that are described already, by digest."""
     wanted = [subject_of(key, described[key]) for key in sorted(built)]
     evidence = certify([_with_code(s, c, why) for s, (c, why) in zip(wanted, code_for(wanted, built, target, jobs, store), strict=True)],
-                       target, jobs=jobs, progress=progress)  # fmt: skip
+                       target, progress=progress)  # fmt: skip
     return Gathered(evidence.to_dict(), evidence.executed, {key: kernel_files(described[key]) for key in built})
 
 

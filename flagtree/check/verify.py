@@ -76,7 +76,7 @@ def verify_bundle(
 ) -> VerifyReport:
     """Execute every kernel of the bundle at `path` in the long form and write its certificate anew.
 
-    `trust`: the digest that the user vouches for; `again`: build the kernels again and compare bytes; `jobs`: threads and processes.
+    `trust`: the digest that the user vouches for; `again`: build the kernels again and compare bytes; `jobs`: processes that build.
     Raises BundleError for a bundle that is not whole, lacks its certificate or was not built by this release; UntrustedBundle;
     ToolchainError for a tool that fails, and where nothing can be executed.  The bundle is then as it was.
     """
@@ -93,7 +93,7 @@ def verify_bundle(
     codes = code_for(subjects, built, target, jobs, Store())
     subjects = [replace(s, built=code, unbuilt=why) for s, (code, why) in zip(subjects, codes, strict=True)]
     libraries = {level: bundle.library(level) for level in bundle.manifest.libraries} or None
-    evidence = examine(subjects, target, form=LONG, libraries=libraries, jobs=jobs, progress=progress)
+    evidence = examine(subjects, target, form=LONG, libraries=libraries, progress=progress)
     if evidence.kernels and not evidence.executed:
         reasons = dict.fromkeys(str(record.get("not_executed", "")) for record in evidence.kernels.values())
         raise ToolchainError("nothing of the bundle can be executed here", where=str(path), why="; ".join(reasons))
