@@ -32,8 +32,8 @@ class Legal:
 
 
 def can_merge(program: Program, a: Kernel, b: Kernel, kept: frozenset[str], nested: bool = False) -> Legal | Refused:
-    """May producer `a` be computed inside consumer `b`?  `kept` are flowing buffers whose store must stay.  `nested`: a row that is
-    reduced may be cut into the groups that the consumer reduces each for itself (a norm, then a scale for each group of its result).
+    """May producer `a` be computed inside consumer `b`?  `kept` are flowing buffers whose store must stay.  A row that is reduced may be
+    cut: where `nested` into the groups that the consumer reduces each for itself (a norm, then a scale for each group), else into heads.
 
     A buffer that both write (x.add_(1); x.mul_(2)) must be stored whole by both: the first store is dead then.  That no step
     between the two reads it is the caller's to know: such a step depends on `a` and `b` depends on it.
@@ -63,7 +63,7 @@ def _legal(a: Kernel, b: Kernel, flowing: tuple[str, ...], overwritten: frozense
         if again := sorted(set(a.reads) & set(b.writes)):
             return _refused(a, b, f"'{again[0]}' would be read at moved points while it is written")
         return _inline(a, b, flowing, needed)
-    legal = _complete(a, b, base, flowing, needed)
+    legal = _complete(a, b, base, flowing, needed, nested)
     if isinstance(legal, Legal) and (why := _hazard(a, b, legal, overwritten)) is not None:
         return _refused(a, b, why)
     return legal
@@ -170,7 +170,7 @@ def _grows(a: Kernel, b: Kernel) -> bool:
     return size[1] > size[0] or any(names[1].count(n) > names[0].count(n) for n in names[1])
 
 
-def _complete(a: Kernel, b: Kernel, base: dict[str, Index], flowing: tuple[str, ...], needed: bool) -> Legal | Refused:
+def _complete(a: Kernel, b: Kernel, base: dict[str, Index], flowing: tuple[str, ...], needed: bool, nested: bool) -> Legal | Refused:
     """Match the producer's remaining axes with free axes of the consumer of the same extent, else add them."""
     taken = {n for g in base.values() for n in g.names()}
     free = [x for x in b.axes if x.name not in taken and x.extent.constant != 1]
@@ -191,7 +191,7 @@ def _complete(a: Kernel, b: Kernel, base: dict[str, Index], flowing: tuple[str, 
             axes[axis.name] = Index.of(choice[0].name)
             if axis.kind == "reduce":
                 reduced.add(choice[0].name)
-        elif (cut := _cut(axis, free, a, b)) is not None:
+        elif not nested and (cut := _cut(axis, free, a, b)) is not None:
             free = [x for x in free if x.name not in cut.names()]
             axes[axis.name] = cut
             reduced |= cut.names()
