@@ -35,6 +35,7 @@ from flagtree.toolchain.base import BuiltKernel
 
 Tensor = torch.Tensor
 LARGEST = 1 << 22  # points times reduced elements that are computed in a run on whole tensors
+TERMS = 1 << 24  # terms of one element that are computed at chosen points
 WHOLE, BLOCKS = 1 << 20, 2  # elements of a product's weights up to which all of it is executed; blocks that are where it is not
 
 
@@ -204,6 +205,8 @@ class Examination:
     def _chosen(self, run: Run, seed: int, record: dict[str, object], faults: list[str]) -> dict[str, object]:
         if self.accumulates:
             raise TooLarge("not run", why="its stores add up, so every point of the domain must be computed")
+        if self.form is None and (terms := reduced(self.kernel, run.symbols)) > TERMS:
+            raise TooLarge("not run", why=f"one element is made of {terms:.3g} terms there; at most {TERMS:.3g} are computed")
         found: Sampled
         if self.executor.levels(self.built):
             found = run_native(self.program, self.built, self.executor, run.symbols, seed, self.stated, self.eager)
@@ -224,9 +227,9 @@ class Examination:
         return run.kind in ORDINARY and self.form is None
 
     def _blocks(self, run: Run) -> int:
-        """How many blocks of the grid: as many as the run says, of a product no more than the interpreter computes in a few seconds."""
+        """How many blocks of the grid: as many as the run says, but no more than the interpreter computes in a few seconds."""
         wanted = run.blocks or BLOCKS
-        if not self.vast or self.kernel.schedule is None:
+        if self.form is not None or self.kernel.schedule is None:
             return wanted
         tile = math.prod(size for axis, size in self.kernel.schedule.tiles if not axis.startswith("r"))
         return max(1, min(wanted, 8 * LARGEST // (tile * reduced(self.kernel, run.symbols))))
