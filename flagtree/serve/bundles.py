@@ -16,7 +16,7 @@ from torch import fx
 
 from flagtree.errors import FlagtreeError
 from flagtree.serve.agreement import check_server, facts_of, settings_of
-from flagtree.serve.configuration import EXAMPLE, current_vllm_config, resolved, serving_now
+from flagtree.serve.configuration import EXAMPLE, current_vllm_config, resolved, serving_now, traces_ahead
 from flagtree.serve.counts import COUNTS
 from flagtree.serve.server import Server
 
@@ -65,7 +65,11 @@ def _with_bundle(digest: str) -> Backend:
         raise FlagtreeError("two digests are named", why=why, hint="leave the one in the settings out")
     facts = facts_of(config)
     check_server(config)
-    return _once(Server(settings, facts, bundle=str(resolved(settings.bundle)), digest=digest))
+    server = Server(settings, facts, bundle=str(resolved(settings.bundle)), digest=digest)
+    compiler = _once(server)
+    if settings.quiets_helpers and traces_ahead():
+        server.quiet()  # already now: the encoder of a model that sees runs before our graph, with helpers of its own
+    return compiler
 
 
 def _from_store() -> Backend:

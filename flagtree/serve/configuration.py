@@ -88,6 +88,11 @@ def serving_now() -> bool:
     return bool(available()) if available is not None else False
 
 
+def traces_ahead() -> bool:
+    """Does vLLM trace a model by itself, outside of torch's frame evaluation, where a stance would keep our graph from being traced?"""
+    return bool(getattr(sys.modules.get("vllm.envs"), "VLLM_USE_AOT_COMPILE", False))
+
+
 def resolved(path: str) -> Path:
     """A path of the settings: `~` and the working directory of the process that starts."""
     return Path(path).expanduser().absolute()

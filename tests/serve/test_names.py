@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -101,3 +102,23 @@ def test_the_door_says_what_it_took_over(current: Current, bundle: tuple[str, st
     current()
     _ = bundles.flagtree
     assert COUNTS.doors == {"the whole graph": "from the store, strict 'off'"}
+
+
+@pytest.mark.parametrize(("strict", "ahead", "compiled"), [("serve", True, 0), ("serve", False, 1), ("start", True, 1)])
+def test_helpers_that_run_before_our_graph_stay_eager(
+    current: Current, bundle: tuple[str, str], monkeypatch: pytest.MonkeyPatch, strict: str, ahead: bool, compiled: int
+) -> None:
+    """Where vLLM traces ahead; where it leaves tracing to torch our own graph would stay eager as well."""
+    environment = ModuleType("vllm.envs")
+    environment.VLLM_USE_AOT_COMPILE = ahead  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm.envs", environment)
+    current({"bundle": bundle[0], "strict": strict})
+    assert getattr(bundles, f"d_{bundle[1]}")
+    calls = []
+
+    def count(module: torch.fx.GraphModule, inputs: object) -> object:
+        calls.append(module)
+        return module.forward
+
+    assert torch.compile(lambda x: x + 1, backend=count)(torch.ones(2)).tolist() == [2.0, 2.0]
+    assert len(calls) == compiled
