@@ -23,7 +23,8 @@ from measure import ROOT, conditions, rows
 TARGETS = ("cpu", "metax", "cuda:sm90", "cuda:sm80", "rocm:gfx942")
 DEPTHS = (4, 36, 144)
 SERVED = (
-    ("qwen3", 4), ("qwen3", 36), ("qwen3", 144), ("qwen3", 36, "1,2"), ("minimax-m2", 4), ("minimax-m2", 62), ("step3_text", 8), ("step3_text", 61),
+    ("qwen3", 4), ("qwen3", 36), ("qwen3", 144), ("qwen3", 36, "1,2"), ("minimax-m2", 4), ("minimax-m2", 62), ("step3_text", 8),
+    ("step3_text", 61),
 )  # fmt: skip  # model, layers, degrees of tensor parallelism
 SUPPLIED = ("minimax-m2",)  # whose routing vLLM's CPU build lacks: tests/serve/supplied.py
 

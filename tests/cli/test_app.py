@@ -82,8 +82,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
 def test_compile_hands_on_what_was_typed(flagtree: Flagtree, compiled: list[dict[str, object]]) -> None:
     ended = flagtree("compile", "qwen3", "-t", "maca", "-t", "metax", "--part", "decode", "--layers", "2", "--out", "größe 1", "-j", "3")
     assert ended.code == 0, ended.err
-    assert compiled == [{"model": "qwen3", "targets": ("metax",), "parts": ["decode"], "layers": 2, "dtype": None, "out": Path("größe 1"),
-                         "jobs": 3}]
+    assert compiled == [{"model": "qwen3", "targets": ("metax",), "parts": ["decode"], "layers": 2, "dtype": None, "ranks": 1,
+                         "out": Path("größe 1"), "jobs": 3}]
     assert "add_rms_norm" in ended.out
 
 
