@@ -115,7 +115,8 @@ TARGETS = (
     _target(90, "NVIDIA H100, H200, GH200 (Hopper)", 227, 82, "535", "nvidia", "cuda", of="H100 SXM", gigabytes=3350, teraflops=67),
     _target(80, "NVIDIA A100 (Ampere)", 163, 82, "535", of="A100 80GB SXM", gigabytes=2039, teraflops=19.5),
     _target(86, "NVIDIA A10, A40, RTX 30 (Ampere)", 99, 82, "535", of="A10", gigabytes=600, teraflops=31.2),
-    _target(89, "NVIDIA L4, L40, RTX 40 (Ada)", 99, 82, "535", of="L4", gigabytes=300, teraflops=30.3),
+    # PTX ISA, release notes of 8.4: mma of e4m3 and e5m2 on sm_89
+    _target(89, "NVIDIA L4, L40, RTX 40 (Ada)", 99, 84, "550", of="L4", gigabytes=300, teraflops=30.3),
     _target(100, "NVIDIA B200, GB200 (Blackwell)", 227, 87, "570", of="B200", gigabytes=8000, teraflops=80),
     _target(120, "NVIDIA RTX 50, RTX PRO 6000 (Blackwell)", 99, 87, "570", of="RTX 5090", gigabytes=1792, teraflops=104.8),
 )
