@@ -144,7 +144,8 @@ def _product(program: Program, step: Extern, gate: Kernel | None, weight: Kernel
     ops = tuple(dict.fromkeys((step.callee, *(op for s in (gate, weight) if s is not None for op in s.ops))))
     rows, experts = order.shape[0], w.shape[0]
     domain = axes(rows, Index.of(columns // parts), experts, w.shape[2])
-    return Kernel(step.name, domain, whole, Numerics(fp_contract=True), _schedule(program, product, rows, experts), origins, ops)
+    schedule = tiles(program, rows, experts, "r1", DEPTH_BYTES // (4 if x.dtype == "f32" else 2))
+    return Kernel(step.name, domain, whole, Numerics(fp_contract=True), schedule, origins, ops)
 
 
 def _after(gate: Kernel, own: dict, results: list[str]) -> list[BodyOp]:
@@ -161,9 +162,9 @@ def _numbered(body: tuple[BodyOp, ...]) -> tuple[BodyOp, ...]:
     return tuple(rename(op, names) for op in body)
 
 
-def _schedule(program: Program, product: Product, rows: Index, experts: Index) -> Schedule:
-    """Tiles of few rows unless an expert has more of them when the choices spread evenly; a function of ranges, not of a call's size."""
+def tiles(program: Program, rows: Index, experts: Index, inside: str, depth: int) -> Schedule:
+    """Tiles of few rows unless an expert has more of them when the choices spread evenly; a function of ranges, not of a call's size.
+    `depth` elements at a time along `inside`, the axis that is summed."""
     most = Bounds({s.name: (s.lo, s.hi) for s in program.symbols}, {}).maximum(rows)
     tall = FEW if most is not None and most <= FEW * (experts.constant or 1) else MANY
-    depth = DEPTH_BYTES // (4 if product.dtype == "f32" else 2)
-    return Schedule(COLUMN, ((ROW, tall), (COLUMN, COLUMNS), ("r1", depth)), ("r1",), WARPS, STAGES)
+    return Schedule(COLUMN, ((ROW, tall), (COLUMN, COLUMNS), (inside, depth)), (inside,), WARPS, STAGES)

@@ -6,14 +6,15 @@ group, so that its sum is scaled once.  Runs after fusion; nothing is fused into
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 from flagtree.ir.experts import BLOCK, COLUMN, DTYPES_OF, ROW, SCALED, Names, Product, scaled_axes, sums
-from flagtree.ir.index import Bounds, Index
-from flagtree.ir.program import Access, BodyOp, Buffer, Compute, Extern, Kernel, Numerics, Program, Ref, Repeat, Schedule, Step, Store
-from flagtree.passes.base import Fuel, Refused, Report
-from flagtree.passes.expert_products import COLUMNS, FEW, MANY, STAGES, WARPS
+from flagtree.ir.index import Index
+from flagtree.ir.program import Access, BodyOp, Buffer, Compute, Extern, Kernel, Numerics, Program, Ref, Store
+from flagtree.passes.base import Fuel, Report
+from flagtree.passes.expert_products import tiles
+from flagtree.passes.rewrite import replace_externs
 from flagtree.targets.base import Target
 
 LINEAR, UP, DOWN = (f"flagtree.{name}.default" for name in ("scaled_linear", "experts_up_scaled", "experts_down_scaled"))
@@ -31,24 +32,11 @@ class ScaledProducts:
         report, fuel = Report(self.name), fuel or Fuel()
         if target.warp <= 1:
             return program, report
-        steps = self._steps(program, program.steps, report, fuel)
-        return (program.with_(steps=steps) if report.rewrites else program), report
 
-    def _steps(self, program: Program, steps: tuple[Step, ...], report: Report, fuel: Fuel) -> tuple[Step, ...]:
-        out: list[Step] = []
-        for step in steps:
-            if isinstance(step, Repeat):
-                step = replace(step, body=self._steps(program, step.body, report, fuel))
-            elif isinstance(step, Extern) and step.callee in (LINEAR, UP, DOWN):
-                found = _kernel(program, step)
-                if isinstance(found, str):
-                    report.refused.append(Refused((step.name,), found))
-                elif fuel.take():
-                    report.rewrites += 1
-                    report.matched.append(step.name)
-                    step = found
-            out.append(step)
-        return tuple(out)
+        def replacement(step: Extern) -> Kernel | str | None:
+            return _kernel(program, step) if step.callee in (LINEAR, UP, DOWN) else None
+
+        return replace_externs(program, report, fuel, replacement), report
 
 
 def _kernel(program: Program, step: Extern) -> Kernel | str:
@@ -76,7 +64,7 @@ def _kernel(program: Program, step: Extern) -> Kernel | str:
     experts = Index.of(1) if dense else w.shape[0]
     domain = scaled_axes(product, rows, experts, Index.of(blocks))
     after = _after(product, out, total, choice)
-    schedule = _schedule(program, product, rows, experts)
+    schedule = tiles(program, rows, experts, "r1" if dense else "r2", STEP)
     return Kernel(step.name, domain, (*body, *after), Numerics(fp_contract=True), schedule, step.origins, (step.callee,))
 
 
@@ -91,11 +79,3 @@ def _after(product: Product, out: Buffer, total: str, choice: Index) -> tuple[Bo
         ops.append(Compute("place", "i32", "mod", (choice.name, product.top_k)))  # type: ignore[arg-type]
         at = (Index.of("v6"), Index.of("place"), Index.of(COLUMN))
     return (*ops, Store(Access(out.name, at), total))
-
-
-def _schedule(program: Program, product: Product, rows: Index, experts: Index) -> Schedule:
-    """Tiles of few rows unless an expert has more of them when the choices spread evenly, as for products of floats."""
-    most = Bounds({s.name: (s.lo, s.hi) for s in program.symbols}, {}).maximum(rows)
-    tall = FEW if most is not None and most <= FEW * (experts.constant or 1) else MANY
-    inside = "r1" if product.dense else "r2"
-    return Schedule(COLUMN, ((ROW, tall), (COLUMN, COLUMNS), (inside, STEP)), (inside,), WARPS, STAGES)

@@ -104,14 +104,26 @@ def _experts(
     x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, activation: str = "silu"
 ) -> torch.Tensor:
     _check_experts(x, gate_up, down, weights, ids, activation)
+
+    def layer(rows: torch.Tensor, expert: int) -> torch.Tensor:
+        gate, up = functional.linear(rows, gate_up[expert]).chunk(2, dim=-1)
+        return functional.linear(ACTIVATIONS[activation](gate) * up, down[expert])
+
+    return combined("fused_moe", x, weights, ids, len(down), layer)
+
+
+def combined(
+    name: str, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, count: int, layer: Callable[[torch.Tensor, int], torch.Tensor]
+) -> torch.Tensor:
+    """The weighted sum over each token's experts of `layer(rows of x, expert)`.  BindError, in the name of an operator, for an id that is
+    none of `count` experts."""
     chosen = ids.unique().tolist()
-    if chosen and not 0 <= chosen[0] <= chosen[-1] < len(down):
-        raise BindError(f"fused_moe: expert {chosen[0] if chosen[0] < 0 else chosen[-1]} of {len(down)}")
+    if chosen and not 0 <= chosen[0] <= chosen[-1] < count:
+        raise BindError(f"{name}: expert {chosen[0] if chosen[0] < 0 else chosen[-1]} of {count}")
     results = x.new_empty(*ids.shape, x.shape[1])
     for expert in chosen:
         token, place = torch.where(ids == expert)
-        gate, up = functional.linear(x[token], gate_up[expert]).chunk(2, dim=-1)
-        results[token, place] = functional.linear(ACTIVATIONS[activation](gate) * up, down[expert])
+        results[token, place] = layer(x[token], expert)
     total = x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
     for k in range(ids.shape[1]):
         total += weights[:, k, None] * results[:, k]

@@ -26,7 +26,7 @@ from itertools import pairwise
 import torch
 
 from flagtree.errors import BindError
-from flagtree.runtime.experts import ACTIVATIONS
+from flagtree.runtime.experts import ACTIVATIONS, combined
 from flagtree.runtime.quantised import LIMITS
 
 BLOCK = 128
@@ -142,20 +142,14 @@ def _experts(
     quantise = torch.ops.flagtree.quantise
     if activation not in ACTIVATIONS:
         raise BindError(f"fused_moe_scaled: unknown activation '{activation}'", hint=f"one of {', '.join(ACTIVATIONS)}")
-    chosen = ids.unique().tolist()
-    if chosen and not 0 <= chosen[0] <= chosen[-1] < len(down):
-        raise BindError(f"fused_moe_scaled: expert {chosen[0] if chosen[0] < 0 else chosen[-1]} of {len(down)}")
-    results = x.new_empty(*ids.shape, x.shape[1])
-    for expert in chosen:
-        token, place = torch.where(ids == expert)
-        q, scales = quantise(x[token], BLOCK, gate_up.dtype)
+
+    def layer(rows: torch.Tensor, expert: int) -> torch.Tensor:
+        q, scales = quantise(rows, BLOCK, gate_up.dtype)
         gate, up = _linear(q, scales, gate_up[expert], gate_up_scales[expert], x.dtype).chunk(2, dim=-1)
         q, scales = quantise(ACTIVATIONS[activation](gate) * up, BLOCK, down.dtype)
-        results[token, place] = _linear(q, scales, down[expert], down_scales[expert], x.dtype)
-    total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for k in range(ids.shape[1]):
-        total += weights[:, k, None] * results[:, k]
-    return total.to(x.dtype)
+        return _linear(q, scales, down[expert], down_scales[expert], x.dtype)
+
+    return combined("fused_moe_scaled", x, weights, ids, len(down), layer)
 
 
 def _experts_shape(
