@@ -15,13 +15,9 @@ import torch
 from torch import fx
 
 from flagtree.check.recipe import FORMAT, no_eager
-from flagtree.ir.experts import BLOCK, Known
+from flagtree.ir.experts import BLOCK, DOWN, DOWN_SCALED, LINEAR_SCALED, UP, UP_SCALED, Known
 from flagtree.ir.index import Index
 from flagtree.ir.program import Kernel, Program
-from flagtree.lower.experts import DOWN, UP
-from flagtree.lower.quantised_products import DOWN as DOWN_SCALED
-from flagtree.lower.quantised_products import LINEAR
-from flagtree.lower.quantised_products import UP as UP_SCALED
 
 aten, ours = torch.ops.aten, torch.ops.flagtree
 _FUSED = ("flagtree.fused_moe.default", "flagtree.fused_moe_scaled.default")
@@ -165,7 +161,7 @@ def _steps(known: Known, out: str, activation: str) -> list[dict[str, Any]]:
     kind = {"type": ["dtype", product.dtype]}
     if product.scaled:
         rest = () if product.dense else (names.order, names.starts, product.top_k)
-        callee = LINEAR if product.dense else UP_SCALED if product.up else DOWN_SCALED
+        callee = LINEAR_SCALED if product.dense else UP_SCALED if product.up else DOWN_SCALED
         return [call(callee, out, names.x, names.x_scales, names.w, names.scales, *rest, kind)]
     steps = []
     if product.quantised:

@@ -394,4 +394,3 @@ def _end(register: str, start: object, dtype: str) -> str:
     if dtype == "b1" and start in ("low", "high"):  # true is -1: the larger b1 is the smaller mask
         number = 0 if start == "low" else -1
     return f"{register}({ops.literal(int(number), register)})"
-

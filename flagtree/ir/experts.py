@@ -17,6 +17,10 @@ from flagtree.ir.program import Access, Axis, BodyOp, Compute, IndexValue, Kerne
 ROW, COLUMN, EXPERT, DEPTH = "i0", "i1", "r0", "r1"  # the axes of every such kernel
 DTYPES_OF = frozenset({"f32", "f16", "bf16"})
 SCALED = frozenset({"f8e4m3fn", "i8"})
+UP, DOWN = "flagtree.experts_up.default", "flagtree.experts_down.default"  # the calls that such kernels take the place of
+UP_SCALED, DOWN_SCALED, LINEAR_SCALED = (
+    f"flagtree.{name}.default" for name in ("experts_up_scaled", "experts_down_scaled", "scaled_linear")
+)
 BLOCK = 128  # rows and columns of w that share a scale, where it is quantised
 
 

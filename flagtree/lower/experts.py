@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from flagtree.ir.experts import DOWN, UP
 from flagtree.ir.index import ONE, Index, floordiv, remainder
 from flagtree.ir.program import Extern, Operand, Ref
 from flagtree.lower.builder import Body, NotLowered, Tensor, Value
@@ -16,7 +17,6 @@ from flagtree.lower.pointwise import POINTWISE, sigmoid
 if TYPE_CHECKING:
     from flagtree.lower.lowering import Call, Lowering
 
-UP, DOWN = "flagtree.experts_up.default", "flagtree.experts_down.default"
 _REASON = "matrix products of the rows of each expert: the platform's library"
 _MOST_CHOICES = 16  # experts a token: each is one more sweep over the scores in one kernel
 _INT_MAX = (1 << 31) - 1

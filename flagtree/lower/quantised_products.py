@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from flagtree.ir.experts import DOWN_SCALED, LINEAR_SCALED, UP_SCALED
 from flagtree.ir.index import Index, floordiv
 from flagtree.ir.program import Extern, Operand, Ref, TypeArg
 from flagtree.lower.builder import NotLowered, Tensor
@@ -17,7 +18,6 @@ from flagtree.lower.quantise import quantised
 if TYPE_CHECKING:
     from flagtree.lower.lowering import Call, Lowering
 
-LINEAR, UP, DOWN = (f"flagtree.{name}.default" for name in ("scaled_linear", "experts_up_scaled", "experts_down_scaled"))
 REASON = "matrix product of quantised operands: the definition, block by block"
 _GROUP = 128
 
@@ -26,7 +26,8 @@ def _linear(lowering: Lowering, call: Call) -> None:
     """flagtree.scaled_linear."""
     out = call.out()
     args: tuple[Operand, ...] = (*(Ref(call.tensor(k).name) for k in range(4)), TypeArg("dtype", out.dtype))
-    lowering.steps.append(Extern(lowering.step_name(call.node.name), LINEAR, args, (out.name,), reason=REASON, origins=(call.origin,)))
+    name = lowering.step_name(call.node.name)
+    lowering.steps.append(Extern(name, LINEAR_SCALED, args, (out.name,), reason=REASON, origins=(call.origin,)))
 
 
 def _experts(lowering: Lowering, call: Call) -> None:
@@ -38,12 +39,12 @@ def _experts(lowering: Lowering, call: Call) -> None:
     rows, inner = order.shape[0], down.shape[2]
     both = lowering.temp(call, "both", x.dtype, [rows, inner * 2])
     first = _grouped(lowering, call, x, gate_up.dtype, "x")
-    _product(lowering, call, UP, (*first, gate_up, up_scales, order, starts), top_k, both)
+    _product(lowering, call, UP_SCALED, (*first, gate_up, up_scales, order, starts), top_k, both)
     gated = lowering.temp(call, "gated", x.dtype, [rows, inner])
     call.emit(gate(both, gated, call.argument(7, "activation")), suffix="gate")
     results = lowering.temp(call, "results", x.dtype, [ids.shape[0], Index.of(top_k), x.shape[1]])
     second = _grouped(lowering, call, gated, down.dtype, "gated")
-    _product(lowering, call, DOWN, (*second, down, down_scales, order, starts), top_k, results)
+    _product(lowering, call, DOWN_SCALED, (*second, down, down_scales, order, starts), top_k, results)
     combine(call, weights, results, top_k)
 
 

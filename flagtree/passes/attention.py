@@ -54,6 +54,8 @@ class Attention:
             return found
 
         changed = replace_externs(program, report, fuel or Fuel(), replacement)
+        if not views:
+            return changed, report
         written = {n for s in walk(changed.steps) for n in s.writes}
         return changed.with_(buffers=(*changed.buffers, *(b for n, b in views.items() if n in written))), report
 

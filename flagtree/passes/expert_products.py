@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from flagtree.ir.experts import BLOCK, COLUMN, DTYPES_OF, ROW, Names, Product, axes, sums
+from flagtree.ir.experts import BLOCK, COLUMN, DOWN, DTYPES_OF, ROW, UP, Names, Product, axes, sums
 from flagtree.ir.index import Bounds, Index, floordiv
 from flagtree.ir.program import (
     Access,
@@ -31,7 +31,6 @@ from flagtree.passes.base import Fuel, Refused, Report
 from flagtree.passes.rewrite import bounds, rename
 from flagtree.targets.base import Target
 
-UP, DOWN = "flagtree.experts_up.default", "flagtree.experts_down.default"
 FEW, MANY = 16, 64  # rows of a tile: what tl.dot takes at least, and where an expert has more of them
 COLUMNS = 64
 DEPTH_BYTES = 128  # of one row of a tile along the depth

@@ -9,7 +9,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from flagtree.ir.experts import BLOCK, COLUMN, DTYPES_OF, ROW, SCALED, Names, Product, scaled_axes, sums
+from flagtree.ir.experts import (
+    BLOCK,
+    COLUMN,
+    DOWN_SCALED,
+    DTYPES_OF,
+    LINEAR_SCALED,
+    ROW,
+    SCALED,
+    UP_SCALED,
+    Names,
+    Product,
+    scaled_axes,
+    sums,
+)
 from flagtree.ir.index import Index
 from flagtree.ir.program import Access, BodyOp, Buffer, Compute, Extern, Kernel, Numerics, Program, Ref, Store
 from flagtree.passes.base import Fuel, Report
@@ -17,7 +30,6 @@ from flagtree.passes.expert_products import tiles
 from flagtree.passes.rewrite import replace_externs
 from flagtree.targets.base import Target
 
-LINEAR, UP, DOWN = (f"flagtree.{name}.default" for name in ("scaled_linear", "experts_up_scaled", "experts_down_scaled"))
 STEP = 128  # of the depth, one group at most
 
 
@@ -34,7 +46,7 @@ class ScaledProducts:
             return program, report
 
         def replacement(step: Extern) -> Kernel | str | None:
-            return _kernel(program, step) if step.callee in (LINEAR, UP, DOWN) else None
+            return _kernel(program, step) if step.callee in (LINEAR_SCALED, UP_SCALED, DOWN_SCALED) else None
 
         return replace_externs(program, report, fuel, replacement), report
 
@@ -43,7 +55,7 @@ def _kernel(program: Program, step: Extern) -> Kernel | str:
     """The kernel in the place of a call, or why not."""
     buffers = [program.buffer(a.buffer) for a in step.args if isinstance(a, Ref)]
     x, scales, w, w_scales = buffers[:4]
-    out, dense = program.buffer(step.outputs[0] or ""), step.callee == LINEAR
+    out, dense = program.buffer(step.outputs[0] or ""), step.callee == LINEAR_SCALED
     columns, depth, blocks = (n.constant for n in (w.shape[-2], w.shape[-1], w_scales.shape[-1]))
     if columns is None or depth is None or blocks is None or (not dense and w.shape[0].constant is None):
         return "a weight of a size that is known only while the program runs"
@@ -56,7 +68,7 @@ def _kernel(program: Program, step: Extern) -> Kernel | str:
         return f"groups of {group}: a tile takes {STEP}"
     top_k = 1 if dense else step.args[6]
     assert isinstance(top_k, int)
-    product = Product(step.callee == UP, out.dtype, top_k, columns, 1, scaled=x.dtype, group=group, shared=shared, dense=dense)
+    product = Product(step.callee == UP_SCALED, out.dtype, top_k, columns, 1, scaled=x.dtype, group=group, shared=shared, dense=dense)
     order, starts = ("", "") if dense else (b.name for b in buffers[4:6])
     names = Names(starts, order, x.name, w.name, w_scales.name, scales.name)
     body, (total,), choice = sums(product, names)
