@@ -201,13 +201,19 @@ def _softmax(log: bool, safe: bool = False) -> Rule:
 
 
 def _logsumexp(lowering: Lowering, call: Call) -> None:
+    """Composed by ATen of calls that each round to its type (ATen/native/ReduceOps.cpp, logsumexp_out_impl)."""
     x, out = call.tensor(0), call.out()
     rows = Rows.over(x, _dims(call, x))
-    b, value = rows.body, rows.load()
+    b, wide = rows.body, compute_type(out.dtype)
+
+    def rounded(value: Value) -> Value:
+        return b.cast(b.cast(value, out.dtype), wide)
+
+    value = rows.load(wide)
     top = rows.reduce("max", value)[0]
-    top = b.op("where", b.op("isinf", top), 0.0, top)  # as ATen: an infinite maximum is not subtracted
-    total = rows.reduce("sum", b.op("exp", value - top))[0]
-    b.store(out, rows.kept_index(out), b.op("log", total) + top)
+    top = b.op("where", b.op("isinf", top), 0.0, top)  # an infinite maximum is not subtracted
+    total = rows.reduce("sum", rounded(b.op("exp", rounded(value - top))))[0]
+    b.store(out, rows.kept_index(out), rounded(b.op("log", rounded(total))) + top)
     call.emit(b)
 
 
