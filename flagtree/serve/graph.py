@@ -6,6 +6,7 @@ capture key; what was taken out is handed over as arguments (`Served.extra`) or 
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ from flagtree.runtime.dtypes import DTYPES
 
 _DTYPES = {dtype: name for name, dtype in DTYPES.items()}
 _COLLECTIVES = ("allreduce", "all_reduce", "all_gather", "reduce_scatter")
-HANDLE_MARK = 0x66745F00  # no handle of any process is this number
+_RANKS = ("rank", "tp_rank", "ep_rank")  # what any operator calls the argument by which it is told its rank
+MARK = 0x66745F00  # no handle of any process is this number, and no rank
 # integers beside these operators number rows of a table or vocabulary, and a rank has its own
 _INDEXING = (operator.add, operator.sub, operator.mul, operator.ge, operator.gt, operator.le, operator.lt)
 
@@ -184,24 +186,25 @@ def _row_numbers(node: fx.Node) -> list[int]:
 
 
 def _mark(graph: fx.Graph) -> tuple[tuple[int | str, int | str], ...]:
-    """Handles and group names of collectives by marks in order of appearance."""
+    """Handles and group names of collectives, and ranks that operators are told, by marks in order of appearance."""
     marks: dict[tuple[str, int | str], int | str] = {}
     for node in graph.nodes:
-        if not isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-            continue
-        if not any(word in _name_of(node.target) for word in _COLLECTIVES):
-            continue
-        op = node.target if isinstance(node.target, torch._ops.OpOverload) else node.target.default
-        names = [a.name for a in op._schema.arguments]
-        for place, value in enumerate(node.args):
-            if isinstance(value, str) and names[place] in ("group_name", "group"):
-                node.update_arg(place, marks.setdefault((names[place], value), f"flagtree.group.{len(marks)}"))
-            elif type(value) is int and names[place] == "handle":
-                node.update_arg(place, marks.setdefault((names[place], value), HANDLE_MARK + len(marks)))
-        for name, value in node.kwargs.items():
-            if isinstance(value, str) and name in ("group_name", "group"):
-                node.update_kwarg(name, marks.setdefault((name, value), f"flagtree.group.{len(marks)}"))
+        names = _argument_names(node.target)
+        collective = any(word in _name_of(node.target) for word in _COLLECTIVES)
+        given = [(names[i], a, functools.partial(node.update_arg, i)) for i, a in enumerate(node.args) if names]
+        given += [(name, a, functools.partial(node.update_kwarg, name)) for name, a in node.kwargs.items()]
+        for name, value, update in given:
+            if isinstance(value, str) and collective and name in ("group_name", "group"):
+                update(marks.setdefault((name, value), f"flagtree.group.{len(marks)}"))
+            elif type(value) is int and (name in _RANKS or (collective and name == "handle")):
+                update(marks.setdefault((name, value), MARK + len(marks)))
     return tuple((mark, value) for (_, value), mark in marks.items())
+
+
+def _argument_names(target: Any) -> list[str]:
+    """Of an operator; empty for anything else."""
+    op = getattr(target, "default", None) if isinstance(target, torch._ops.OpOverloadPacket) else target
+    return [a.name for a in op._schema.arguments] if isinstance(op, torch._ops.OpOverload) else []
 
 
 def _symbol(mode: FakeTensorMode, value: int, number: int) -> torch.SymInt:

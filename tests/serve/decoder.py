@@ -74,6 +74,9 @@ def _define() -> None:
     ours.impl("attend", _attend, "CPU")
     torch.library.register_fake("toyserver::update", lambda key, value, layer: key.new_empty(0), lib=ours)
     torch.library.register_fake("toyserver::attend", lambda q, k, v, output, layer, after: None, lib=ours)
+    ours.define("told(Tensor x, int tp_rank, int tp_world) -> Tensor")
+    ours.impl("told", lambda x, tp_rank, tp_world: x * (1 + (tp_rank + 1) / tp_world), "CPU")
+    torch.library.register_fake("toyserver::told", lambda x, tp_rank, tp_world: torch.empty_like(x), lib=ours)
     # the operators of a server's own library that are rewritten before the key is taken
     theirs.define("onednn_mm(Tensor(a!) c, Tensor a, Tensor? bias, Tensor handler_tensor) -> ()")
     theirs.impl("onednn_mm", _packed_product, "CPU")
@@ -161,7 +164,8 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """`rank`: this one's part of a vocabulary that two share; its sum over both is a call with a handle of the process."""
+    """`rank`: this one's part of a vocabulary that two share; its sum over both is a call with a handle of the process, and each layer
+    ends with an operator that is told the rank."""
 
     def __init__(
         self, layers: int = 2, packed: str = "", rank: int | None = None, prefix: str = "model.layers", handle: int = 1
@@ -186,6 +190,8 @@ class Decoder(nn.Module):
         hidden, residual = self.embed(ids), None
         for layer in self.layers:
             hidden, residual = layer(positions, hidden, residual)
+            if self.rank is not None:
+                hidden = torch.ops.toyserver.told(hidden, self.rank, 2)
         return self.norm(hidden, residual)[0]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flagtree.runtime.capture_key import CaptureKey, capture_key
-from flagtree.serve.graph import HANDLE_MARK, served_graph
+from flagtree.serve.graph import MARK, served_graph
 from tests.serve.decoder import VOCABULARY, Decoder, graph_of
 
 
@@ -31,7 +31,8 @@ def test_ranks_and_processes_have_one_key() -> None:
     half = VOCABULARY // 2
     assert sorted(set(ranks[0].extra)) == [0, half]
     assert sorted(set(ranks[1].extra)) == [half, VOCABULARY]
-    assert [r.marks for r in ranks] == [((HANDLE_MARK, 3),), ((HANDLE_MARK, 9),)]
+    # a handle, and the rank that each layer's operator is told: one mark for all of them
+    assert [r.marks for r in ranks] == [((MARK, 3), (MARK + 1, 0)), ((MARK, 9), (MARK + 1, 1))]
 
 
 def test_names_of_layers_do_not_enter() -> None:
