@@ -151,4 +151,5 @@ def main(names: Sequence[str]) -> None:
         print(f"# {title}\n\n{facts}\n\n{table()}\n\nMade by `python benchmarks/compile_cost.py {name}`.")
 
 
-main(sys.argv[1:])
+if __name__ == "__main__":
+    main(sys.argv[1:])

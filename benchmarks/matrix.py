@@ -95,4 +95,5 @@ def main() -> None:
             write(RESULT, report(cells), cells)
 
 
-main()
+if __name__ == "__main__":
+    main()
