@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -184,7 +185,15 @@ def test_the_graph_of_a_gpu_is_predicted_as_this_one_s_on_that_device(tmp_path: 
     assert there.key != here.key
     assert there.text == here.text.replace("cpu", "cuda")
     assert there.facts["predicted"] == "from vLLM's model class, for cuda"
-    assert there.program.replace(there.name, here.name) == here.program
+    assert _numbered(there.program) == _numbered(here.program)
+
+
+def _numbered(program: str) -> str:
+    """Without the name, which is the key's; temporaries numbered as they appear: a trace numbers views that it drops as well, other
+    ones on another device."""
+    names: dict[str, str] = {}
+    body = program.partition("\n")[2]
+    return re.sub(r"\b\w+_tensor(_\d+)?\b", lambda found: names.setdefault(found[0], f"tensor_{len(names)}"), body)
 
 
 def test_the_graph_of_another_platform_is_refused_where_it_cannot_be_known(tmp_path: Path) -> None:
