@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from flagtree.errors import IRError
+from flagtree.ir.evaluate import compute
 from flagtree.ir.interp import run, run_kernel
 from flagtree.ir.ops import OPS
 from flagtree.ir.program import Kernel
@@ -288,3 +289,15 @@ def test_run_kernel_on_tensors_of_the_caller() -> None:
     x, w, y = torch.randn(2, 3, 96).bfloat16(), torch.randn(96).bfloat16(), torch.zeros(2, 3, 96, dtype=torch.float64)
     run_kernel(program, kernel, {"x": x, "w": w, "y": y}, {"s0": 2, "s1": 3}, precise=True)
     torch.testing.assert_close(y.bfloat16().float(), norm(x, w).float(), rtol=0.02, atol=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_roots_are_rounded_once(dtype: torch.dtype) -> None:
+    x = torch.rand(3072, generator=torch.Generator().manual_seed(0), dtype=dtype) * 0.2
+    # f64 has more than twice the bits of f32, so that a root of f32 is rounded once there as well
+    root = torch.tensor([math.sqrt(v) for v in x.double().tolist()], dtype=torch.float64).to(dtype)
+    assert torch.equal(compute("sqrt", [x], dtype), root)
+    assert torch.equal(compute("rsqrt", [x], dtype), 1 / root)
+    special = torch.tensor([0.0, -0.0, math.inf, -1.0, math.nan], dtype=dtype)
+    torch.testing.assert_close(compute("sqrt", [special], dtype), torch.sqrt(special), rtol=0, atol=0, equal_nan=True)
+    assert compute("sqrt", [torch.tensor(4.0, dtype=dtype)], dtype).shape == ()
