@@ -14,7 +14,8 @@ import torch
 
 from flagtree.check.accuracy import ulp_of
 from flagtree.codegen import cpp_gemm, cpp_math, triton_math
-from flagtree.codegen.cpp_sweeps import BLOCK, PARTIALS, ROW_BLOCK
+from flagtree.codegen.cpp_layout import PARTIALS
+from flagtree.codegen.cpp_sweeps import BLOCK, ROW_BLOCK
 from flagtree.codegen.triton_math import Error
 from flagtree.ir.dtypes import DTYPES
 from flagtree.ir.program import Kernel

@@ -15,10 +15,10 @@ import jinja2
 from flagtree.codegen import cpp_attention, cpp_gemm
 from flagtree.codegen import cpp_ops as ops
 from flagtree.codegen.cpp_body import large_name
+from flagtree.codegen.cpp_groups import row_statements
 from flagtree.codegen.cpp_index import operand_text
 from flagtree.codegen.cpp_layout import LARGE, MOVED, Layout, layout
 from flagtree.codegen.cpp_prelude import prelude
-from flagtree.codegen.cpp_sweeps import RowWriter
 from flagtree.ir.dtypes import DTYPES
 from flagtree.ir.flat import FlatKernel, flatten
 from flagtree.ir.index import ONE, Index
@@ -55,12 +55,12 @@ def _walked(program: Program) -> dict[str, Any]:
     walk = layout(flatten(program))
     multiples = {s.name: s.multiple for s in program.symbols}
     chunk = _chunk(walk)
-    writer = RowWriter(walk, multiples, chunk)
-    body = [*_chunk_bounds(walk, chunk), *writer.row()]
+    row, partials = row_statements(walk, multiples, chunk)
+    body = [*_chunk_bounds(walk, chunk), *row]
     outer = _outer(walk, chunk)
     large = " | ".join(_large_stores(walk))
     return {
-        "widest": walk.widest, "partials": writer.partials, "clean_nans": int(_clean_nans(walk.kernel)), "definitions": [],
+        "widest": walk.widest, "partials": partials, "clean_nans": int(_clean_nans(walk.kernel)), "definitions": [],
         "head": _head(walk), "symbols": _symbols(walk), "decode": _decode(walk, outer), "advance": _advance(walk, outer), "body": body,
         "after": [f"settle_stores({large});"] if large else [], "count": " * ".join(_factor(walk, extent) for _, extent in outer) or "1",
         "work": " * ".join(_factor(walk, a.extent) for a in walk.kernel.axes) or "1",
@@ -162,5 +162,5 @@ def _head(walk: Layout) -> list[str]:
 
 
 def _large_stores(walk: Layout) -> dict[str, Store]:
-    return {large_name(op): op for op in walk.kernel.body if isinstance(op, Store) and walk.is_large(op)}
+    return {large_name(op): op for op in walk.large_stores()}
 

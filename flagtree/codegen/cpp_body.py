@@ -202,9 +202,9 @@ class BodyWriter:
             self.lines.append(f"{halves}[half] = {value};")
             address = f"{op.access.buffer} + {self._index(offset)}"
             whole = f"store_past({address}, joined({halves}), n, {large_name(op)});"
-            self.tail.append(whole if self.layout.is_large(op) else f"store_pair({address}, {halves}, n);")
+            self.tail.append(whole if op.access.buffer in self.layout.large else f"store_pair({address}, {halves}, n);")
         elif self.vector and self._varies(tuple(offset.names())) and self._is_contiguous(offset):
-            past = self.layout.is_large(op)
+            past = op.access.buffer in self.layout.large
             call = f"store_where({op.access.buffer} + {self._index(offset)}, {narrow}, {mask}, n)" if spread_mask else \
                 f"store{'_past' * past}({op.access.buffer} + {self._index(offset)}, {narrow}, n{f', {large_name(op)}' * past})"  # fmt: skip
             self.lines.append(f"{guard}{call};")

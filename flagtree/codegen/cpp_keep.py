@@ -46,7 +46,7 @@ def row_size(layout: Layout) -> int | None:
 def sweeps(layout: Layout, body: Sequence[BodyOp]) -> list[Sweep]:
     """What each sweep executes for one piece's body."""
     computed = {op.name for op in body if isinstance(op, Compute)}
-    stored = {op.value: op for op in body if isinstance(op, Store) and op.value in computed and _can_be_read_back(layout, op)}
+    stored = {op.value: op for op in body if isinstance(op, Store) and op.value in computed and can_be_read_back(layout, op)}
     size = row_size(layout)
     budget = 0 if size is None else STACK_BYTES // (size * layout.widest)
     defining = {n: op for op in body for n in defined(op) if not isinstance(op, Reduce) and layout.is_swept(op)}
@@ -66,12 +66,12 @@ def sweeps(layout: Layout, body: Sequence[BodyOp]) -> list[Sweep]:
                 wanted = op.name in needed and op.name in defining
             if not wanted:
                 continue
-            if not isinstance(op, (Reduce, Store)) and op.name in there and _cost(op.name, defining) >= STORED_WORTH:
+            if not isinstance(op, (Reduce, Store)) and op.name in there and cost(op.name, defining) >= STORED_WORTH:
                 chosen.append(Load(op.name, op.dtype, stored[op.name].access, None))
                 continue
             if not isinstance(op, (Reduce, Store)):
                 earlier = next((k for k, names in enumerate(executed) if op.name in names), None)
-                if earlier is not None and _cost(op.name, defining, there) >= WORTH and (op.name in rows or len(rows) < budget):
+                if earlier is not None and cost(op.name, defining, there) >= WORTH and (op.name in rows or len(rows) < budget):
                     rows.add(op.name)
                     kept[earlier].add(op.name)
                     read.append(op.name)
@@ -84,28 +84,28 @@ def sweeps(layout: Layout, body: Sequence[BodyOp]) -> list[Sweep]:
     return [Sweep(tuple(b), frozenset(k), tuple(r), s) for (b, r), k, s in zip(out, kept, _streamed(layout, out), strict=True)]
 
 
-def _can_be_read_back(layout: Layout, op: Store) -> bool:
+def can_be_read_back(layout: Layout, op: Store) -> bool:
     """Consecutive elements with the value's own bits, which stay in the caches and nothing else in the kernel writes."""
     buffer, offset = op.access.buffer, op.access.index[0]
     dtype = next(b.dtype for b in layout.kernel.buffers if b.name == buffer)
     alone = sum(isinstance(o, Store) and o.access.buffer == buffer for o in layout.kernel.body) == 1
     plain = op.mode == "set" and op.access.mask is None and layout.kernel.dtypes[op.value] == dtype and layout.lane_reduced
-    if not plain or not alone or layout.lane is None or layout.is_large(op) or not layout.varies_in_lanes(op.value):
+    if not plain or not alone or layout.lane is None or buffer in layout.large or not layout.varies_in_lanes(op.value):
         return False
     return offset.coefficient(layout.lane.name) == ONE and not offset.names() & layout.kernel.dtypes.keys()
 
 
 def _streamed(layout: Layout, bodies: Sequence[tuple[list[BodyOp], list[str]]]) -> list[frozenset[str]]:
-    seen = {op.access.buffer for op in layout.kernel.body if isinstance(op, Store)}
+    seen = layout.seen | {op.access.buffer for op in layout.kernel.body if isinstance(op, Store)}
     streamed = []
     for body, _ in bodies:
         loads = [op for op in body if isinstance(op, Load) and op.access.buffer not in seen]
         streamed.append(frozenset(op.name for op in loads if layout.is_streamed(op)))
-        seen.update(op.access.buffer for op in loads)
+        seen |= {op.access.buffer for op in loads}
     return streamed
 
 
-def _cost(name: str, defining: Mapping[str, BodyOp], there: Collection[str] = ()) -> int:
+def cost(name: str, defining: Mapping[str, BodyOp], there: Collection[str] = ()) -> int:
     """Vector instructions to compute a value again from its loads, from what is `there` in memory and from values outside sweeps."""
     seen: set[str] = set()
     total = 0

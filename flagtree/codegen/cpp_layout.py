@@ -6,7 +6,7 @@ values is computed again there.  A store to a buffer that the kernel also loads 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from flagtree.errors import CodegenError
@@ -18,13 +18,17 @@ from flagtree.ir.program import Axis, BodyOp, Compute, IndexValue, Load, Reduce,
 LARGE = 16 << 20  # bytes of one output of a kernel that no core keeps for whoever reads it next,
 MOVED = 48 << 20  # where the kernel reads and writes so many in all: less may stay in a cache that cores share
 WIDE_OPS = frozenset(("sin", "cos"))  # computed in f64 also for f32
+PARTIALS = (64, 32)  # partial states of a reduction over lanes: the second in a kernel of short rows that are no multiple of the first
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
     """`lane`: the axis across vector lanes (None: a kernel of one point).  `outer`: the other parallel axes, one row each point.
     `loops`: reduce axes walked by plain loops around the lanes (or inside, when the lane axis is parallel).
-    `level`: for each value the sweep in which it can first be computed.  `widest`: bytes of the widest register lane."""
+    `level`: for each value the sweep in which it can first be computed.  `widest`: bytes of the widest register lane.
+    `partials`: partial states of a reduction over lanes.  `large`: buffers whose stores may go past the caches (`large_stores`).
+    Of a part of a kernel (cpp_groups): `groups`, the axes of `outer` that the row before it is cut along; `seen`, the buffers that
+    earlier parts have read."""
 
     kernel: FlatKernel
     lane: Axis | None
@@ -32,6 +36,10 @@ class Layout:
     loops: tuple[Axis, ...]
     level: Mapping[str, int]
     widest: int
+    partials: int
+    large: frozenset[str] = frozenset()
+    groups: frozenset[str] = frozenset()
+    seen: frozenset[str] = frozenset()
 
     @property
     def lane_reduced(self) -> bool:
@@ -62,12 +70,16 @@ class Layout:
         if self.lane is None or op.access.mask is not None or offset.coefficient(self.lane.name) != ONE:
             return False
         around = (*self.outer, *self.loops)
-        if self.outer and not any(a.name in offset.names() for a in self.outer):
+        rows = [a.name for a in self.outer if a.name not in self.groups]
+        if rows and offset.names().isdisjoint(rows):
             return False
         return not around or offset.coefficient(around[-1].name) == self.lane.extent
 
-    def is_large(self, op: Store) -> bool:
-        """May write more than caches keep, whole lines that the kernel does not read: such a store goes past the caches."""
+    def large_stores(self) -> tuple[Store, ...]:
+        """Those that may write more than caches keep, whole lines that the kernel does not read: they go past the caches."""
+        return tuple(op for op in self.kernel.body if isinstance(op, Store) and self._is_large(op))
+
+    def _is_large(self, op: Store) -> bool:
         if self.lane is None or op.mode != "set" or op.access.mask is not None or op.access.buffer in self._reloaded():
             return False
         bounds = ((self.written(op), LARGE), (self.moved(), MOVED))
@@ -119,10 +131,17 @@ class Layout:
 
 
 def layout(kernel: FlatKernel) -> Layout:
-    """Layout of a kernel; CodegenError for a shape of reductions that this generator does not walk."""
+    """Layout of a kernel; CodegenError for what this generator does not walk.  Where reductions differ, lanes lie along what all take."""
     kernel = _narrow_positions(kernel)
     _check(kernel)
-    lane = _lane(kernel)
+    reduced = [frozenset(op.axes) for op in kernel.body if isinstance(op, Reduce)]
+    made = arranged(kernel, frozenset.intersection(*reduced) if len(set(reduced)) > 1 else frozenset(a.name for a in kernel.axes))
+    return replace(made, large=frozenset(op.access.buffer for op in made.large_stores()))
+
+
+def arranged(kernel: FlatKernel, among: Collection[str]) -> Layout:
+    """Layout of a kernel or of a part of one, its lane axis one of `among`."""
+    lane = _lane(kernel, [a for a in kernel.axes if a.name in among])
     outer = _rows_in_memory_order(kernel, tuple(a for a in kernel.parallel if a != lane))
     loops = tuple(a for a in kernel.reduced if a != lane)
     scans = {op.axis for op in kernel.body if isinstance(op, Scan)}
@@ -130,7 +149,7 @@ def layout(kernel: FlatKernel) -> Layout:
         lane_axis = kernel.axis(next(iter(scans)))
         lane, loops = lane_axis, tuple(a for a in kernel.reduced if a != lane_axis)
     loops = tuple(sorted(loops, key=lambda a: a.name in scans))  # a running value restarts when its loop is entered
-    return Layout(kernel, lane, outer, loops, _levels(kernel), _widest(kernel, lane))
+    return Layout(kernel, lane, outer, loops, _levels(kernel), _widest(kernel, lane), _partials(lane))
 
 
 def _rows_in_memory_order(kernel: FlatKernel, outer: tuple[Axis, ...]) -> tuple[Axis, ...]:
@@ -147,13 +166,6 @@ def _rows_in_memory_order(kernel: FlatKernel, outer: tuple[Axis, ...]) -> tuple[
 
 
 def _check(kernel: FlatKernel) -> None:
-    names = {a.name for a in kernel.reduced}
-    for op in kernel.body:
-        if isinstance(op, Reduce) and set(op.axes) != names:
-            raise CodegenError(
-                f"cannot generate C++ for the reduction of {', '.join(op.names)}",
-                why=f"it runs over {', '.join(op.axes)}, the kernel over {', '.join(sorted(names))}; all reductions of a kernel must agree",
-            )
     scans = {op.axis for op in kernel.body if isinstance(op, Scan)}
     if len(scans) > 1:
         raise CodegenError("cannot generate C++ for this kernel", why=f"it scans along several axes: {', '.join(sorted(scans))}")
@@ -162,24 +174,29 @@ def _check(kernel: FlatKernel) -> None:
             raise CodegenError("cannot generate C++ for this kernel", why=f"no vector code for the element type {name}")
 
 
-def _lane(kernel: FlatKernel) -> Axis | None:
+def _lane(kernel: FlatKernel, axes: Sequence[Axis]) -> Axis | None:
     """The schedule's choice, else the axis with unit stride in most accesses; among equals a long one, then the innermost."""
-    if not kernel.axes:
+    if not axes:
         return None
     if kernel.schedule is not None and kernel.schedule.lane is not None:
-        chosen = [a for a in kernel.axes if a.name == kernel.schedule.lane]
+        chosen = [a for a in axes if a.name == kernel.schedule.lane]
         if chosen:
             return chosen[0]
     accesses = [op.access for op in kernel.body if isinstance(op, (Load, Store))]
 
     def score(position: int) -> tuple[bool, int, int]:
-        axis = kernel.axes[position]
+        axis = axes[position]
         unit = sum(a.index[0].coefficient(axis.name) == ONE for a in accesses)
         varying = sum(axis.name in a.index[0].names() for a in accesses)
         short = axis.extent.constant is not None and axis.extent.constant < 4
         return not short and unit > 0, 2 * unit - varying, position
 
-    return kernel.axes[max(range(len(kernel.axes)), key=score)]
+    return axes[max(range(len(axes)), key=score)]
+
+
+def _partials(lane: Axis | None) -> int:
+    size = None if lane is None else lane.extent.constant
+    return PARTIALS[size is not None and size < 4 * PARTIALS[0] and size % PARTIALS[0] != 0]
 
 
 def _levels(kernel: FlatKernel) -> dict[str, int]:

@@ -13,7 +13,7 @@ from flagtree.codegen import cpp_ops as ops
 from flagtree.codegen.cpp_body import BodyWriter
 from flagtree.codegen.cpp_index import index_text, is_multiple
 from flagtree.codegen.cpp_keep import Sweep, row_size, sweeps
-from flagtree.codegen.cpp_layout import Layout
+from flagtree.codegen.cpp_layout import PARTIALS, Layout
 from flagtree.codegen.cpp_pair import STEP, are_whole_steps, is_paired
 from flagtree.codegen.cpp_scan import carry_type, declared
 from flagtree.codegen.segments import Segment, segments
@@ -22,7 +22,6 @@ from flagtree.ir.flat import operands
 from flagtree.ir.index import Index
 from flagtree.ir.program import BodyOp, Compute, IndexValue, Load, Reduce, Scan, Store, defined
 
-PARTIALS = (64, 32)  # the second in a kernel of short rows that are no multiple of the first
 ROW_BLOCK = 4096  # elements of a long row after which its partial states are joined; a multiple of all PARTIALS
 BLOCK = 256  # points of a reduce axis that one partial sum of a column takes
 COLUMNS = 4  # vectors of columns reduced side by side: whole cache lines, and sums that do not wait for one another
@@ -44,13 +43,6 @@ class RowWriter:
     layout: Layout
     multiples: Mapping[str, int]
     chunk: int
-
-    @property
-    def partials(self) -> int:
-        """Partial states of a reduction over lanes: a fact of the kernel alone."""
-        lane = self.layout.lane
-        size = None if lane is None else lane.extent.constant
-        return PARTIALS[size is not None and size < 4 * PARTIALS[0] and size % PARTIALS[0] != 0]
 
     def row(self) -> list[str]:
         """Statements of one row; the outer axes are variables around them."""
@@ -121,7 +113,7 @@ class RowWriter:
         lines = self._statements(once, scope - {lane}, vector=False)
         lines += [*self._step(lane, writer, self._state_name(sweep) if reducing else ""), f"i64 at = {lo};", f"const i64 end = {hi};"]
         width = "2 * W" if paired else "W"
-        tail = not is_multiple(extent, self.partials if reducing else PARTIALS[1], self.multiples)
+        tail = not is_multiple(extent, self.layout.partials if reducing else PARTIALS[1], self.multiples)
         if not reducing:
             if extent.constant is None or extent.constant >= 2:
                 lines.append(f"for (; at + {width} <= end; at += {width}) step(at, {width});")

@@ -99,6 +99,18 @@ def flatten(program: Program, collapse: bool = True) -> FlatKernel:
     return _assemble(axes, body, bounds, schedule, kernel.numerics, program)
 
 
+def part(kernel: FlatKernel, axes: tuple[Axis, ...], body: tuple[BodyOp, ...], scratch: tuple[Buffer, ...]) -> FlatKernel:
+    """Some ops of a kernel over its axes (one may be of another kind), with `scratch` among its buffers; values that are defined
+    outside keep their facts.  Neighbouring reduce axes become one where nothing in the part tells them apart any more."""
+    axes, body, _ = _collapse(axes, body, None, kernel.bounds, ("reduce",))
+    bounds = Bounds(kernel.bounds.symbols, {a.name: a.extent for a in axes})
+    body = tuple(map_indices(op, bounds.simplify) for op in body)
+    depends, dtypes = value_facts(axes, body)
+    spans = {b.name: sum(((e - 1) * s for e, s in zip(b.shape, b.layout, strict=True)), ZERO) for b in scratch}
+    return replace(kernel, axes=axes, body=body, bounds=bounds, schedule=None, buffers=(*kernel.buffers, *scratch),
+                   depends={**kernel.depends, **depends}, dtypes={**kernel.dtypes, **dtypes}, spans={**kernel.spans, **spans})  # fmt: skip
+
+
 def _assemble(axes: tuple[Axis, ...], body: tuple[BodyOp, ...], bounds: Bounds, schedule: Schedule | None,
               numerics: Numerics, program: Program) -> FlatKernel:  # fmt: skip
     depends, dtypes = value_facts(axes, body)
@@ -168,13 +180,13 @@ def _drop_unit_axes(axes: tuple[Axis, ...], body: tuple[BodyOp, ...]) -> tuple[t
     return tuple(a for a in axes if a.name not in unit), tuple(out)
 
 
-def _collapse(axes: tuple[Axis, ...], body: tuple[BodyOp, ...], schedule: Schedule | None,
-              bounds: Bounds) -> tuple[tuple[Axis, ...], tuple[BodyOp, ...], Schedule | None]:  # fmt: skip
+def _collapse(axes: tuple[Axis, ...], body: tuple[BodyOp, ...], schedule: Schedule | None, bounds: Bounds,
+              kinds: tuple[str, ...] = ("parallel", "reduce")) -> tuple[tuple[Axis, ...], tuple[BodyOp, ...], Schedule | None]:  # fmt: skip
     """Merge neighbours of one kind until none is left that every index walks as `outer * extent(inner) + inner`."""
     merged = True
     while merged:
         merged = False
-        for kind in ("parallel", "reduce"):
+        for kind in kinds:
             group = [a for a in axes if (a.kind == "reduce") == (kind == "reduce")]
             for outer, inner in itertools.pairwise(group):
                 if not _one_walk(outer, inner, body, schedule, bounds):

@@ -20,5 +20,5 @@ class FuseReduction:
     max_ops: int = 512
 
     def run(self, program: Program, target: Target, fuel: Fuel | None = None) -> tuple[Program, Report]:
-        # the CPU walks a row in sweeps that all end in the same reductions; where there are warps, heads that only turn stay apart
-        return fuse(program, self.name, fuel, self.max_ops, lambda a, b: True, nested=target.warp > 1)
+        # where there are warps, heads that only turn stay apart from the norm of all of them
+        return fuse(program, self.name, fuel, self.max_ops, lambda a, b: True, heads=target.warp <= 1, groups=True)

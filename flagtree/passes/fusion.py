@@ -30,8 +30,9 @@ def has_reduction(kernel: Kernel) -> bool:
 class FusionWalk:
     """Steps by identity, their dependences and their places while kernels merge."""
 
-    def __init__(self, program: Program, report: Report, fuel: Fuel, max_ops: int, nested: bool) -> None:
-        self.program, self.report, self.fuel, self.max_ops, self.nested = program, report, fuel, max_ops, nested
+    def __init__(self, program: Program, report: Report, fuel: Fuel, max_ops: int, heads: bool) -> None:
+        self.program, self.report, self.fuel, self.max_ops, self.heads = program, report, fuel, max_ops, heads
+        self.groups = False
         self.steps: dict[int, Step] = dict(enumerate(program.steps))
         graph = dependences(program)
         self.before: dict[int, set[int]] = {k: set(graph.predecessors(k)) for k in self.steps}
@@ -98,7 +99,7 @@ class FusionWalk:
         state = self._known(a, producer)
         if state is not None and (appended := append(self.program, producer, state, consumer, kept)) is not None:
             return apart if place is None else (appended[0], place, appended[1])
-        legal = can_merge(self.program, producer, consumer, kept, self.nested)
+        legal = can_merge(self.program, producer, consumer, kept, self.heads, self.groups)
         if isinstance(legal, Refused):
             return legal
         if (why := moved_reduction(producer, consumer, legal)) is not None:
@@ -191,13 +192,19 @@ class FusionWalk:
         return len(kernel.body) <= 8 and read <= written and not any(getattr(op, "op", "") in EXPENSIVE for op in kernel.body)
 
     # -- the walk ------------------------------------------------------------------------------------------------------
-    def run(self, wanted: Wanted) -> Program:
+    def run(self, wanted: Wanted, groups: bool) -> Program:
+        """The program after one walk; with `groups` after a second, in which a reduction may take in that of the row around its groups:
+        first all that walks the same groups comes together, as one kernel can read the row then."""
         for a in sorted(self.steps):
             if isinstance(self.steps.get(a), Kernel):
                 self.copy_cheap(a)
         for b in sorted(self.steps, key=self.place.__getitem__):
             if isinstance(self.steps.get(b), Kernel):
                 self._absorb(b, wanted)
+        self.groups = groups
+        for b in sorted(self.steps, key=self.place.__getitem__) if groups else ():
+            if isinstance(self.steps.get(b), Kernel):
+                self._absorb(b, lambda a, b: has_reduction(a) and has_reduction(b))
         if not self.report.rewrites:
             return self.program
         order = sorted(self.steps, key=lambda k: (self.place[k], k))
@@ -219,10 +226,12 @@ class FusionWalk:
                     break
 
 
-def fuse(program: Program, name: str, fuel: Fuel | None, max_ops: int, wanted: Wanted, nested: bool = False) -> tuple[Program, Report]:
-    """One walk; refusals are kept once each.  `nested` as in `can_merge`."""
+def fuse(program: Program, name: str, fuel: Fuel | None, max_ops: int, wanted: Wanted, heads: bool = False,
+         groups: bool = False) -> tuple[Program, Report]:  # fmt: skip
+    """`FusionWalk.run`; refusals that stand are kept once each.  `heads` as in `can_merge`."""
     report = Report(name)
-    new = FusionWalk(program, report, fuel or Fuel(), max_ops, nested).run(wanted)
-    report.refused = list(dict.fromkeys(report.refused))
+    new = FusionWalk(program, report, fuel or Fuel(), max_ops, heads).run(wanted, groups)
+    matched = set(report.matched)
+    report.refused = [r for r in dict.fromkeys(report.refused) if " + ".join(r.steps) not in matched]
     return new, report
 

@@ -23,7 +23,6 @@ class Legal:
     """`axes`: producer axis -> index over the consumer's axes (none: inlined wherever read); `added`: producer axes that become
     axes of their own; `reduced`: consumer axes that become reduce axes; `flowing`: the buffers handed over;
     `overwritten`: those that the consumer stores whole again, so that the producer's store is dead."""
-
     axes: Mapping[str, Index] | None
     added: tuple[Axis, ...]
     reduced: frozenset[str]
@@ -31,9 +30,9 @@ class Legal:
     overwritten: frozenset[str] = frozenset()
 
 
-def can_merge(program: Program, a: Kernel, b: Kernel, kept: frozenset[str], nested: bool = False) -> Legal | Refused:
+def can_merge(program: Program, a: Kernel, b: Kernel, kept: frozenset[str], heads: bool = False, groups: bool = False) -> Legal | Refused:
     """May producer `a` be computed inside consumer `b`?  `kept` are flowing buffers whose store must stay.  A row that is reduced may be
-    cut: where `nested` into the groups that the consumer reduces each for itself (a norm, then a scale for each group), else into heads.
+    cut: with `groups` into those that the consumer reduces each for itself (a norm, then a scale for each group), with `heads` into heads.
 
     A buffer that both write (x.add_(1); x.mul_(2)) must be stored whole by both: the first store is dead then.  That no step
     between the two reads it is the caller's to know: such a step depends on `a` and `b` depends on it.
@@ -50,20 +49,20 @@ def can_merge(program: Program, a: Kernel, b: Kernel, kept: frozenset[str], nest
         for name in names:
             if (why := _store_refusal(program, kernel, name)) is not None:
                 return _refused(a, b, f"{why} and written by both" if name in overwritten else why)
-    legal = _legal(a, b, flowing, overwritten, kept - overwritten, nested)
+    legal = _legal(a, b, flowing, overwritten, kept - overwritten, heads, groups)
     return replace(legal, overwritten=overwritten) if isinstance(legal, Legal) else legal
 
 
 def _legal(a: Kernel, b: Kernel, flowing: tuple[str, ...], overwritten: frozenset[str], kept: frozenset[str],
-           nested: bool) -> Legal | Refused:  # fmt: skip
+           heads: bool, groups: bool) -> Legal | Refused:  # fmt: skip
     """The verdict on domains and hazards, for stores that are whole."""
     needed = bool(kept or set(a.writes) - set(flowing) - overwritten)  # the producer stores what the consumer does not take over
-    base = _base_mapping(a, b, flowing, nested)
+    base = _base_mapping(a, b, flowing, groups)
     if base is None:
         if again := sorted(set(a.reads) & set(b.writes)):
             return _refused(a, b, f"'{again[0]}' would be read at moved points while it is written")
         return _inline(a, b, flowing, needed)
-    legal = _complete(a, b, base, flowing, needed, nested)
+    legal = _complete(a, b, base, flowing, needed, heads)
     if isinstance(legal, Legal) and (why := _hazard(a, b, legal, overwritten)) is not None:
         return _refused(a, b, why)
     return legal
@@ -102,9 +101,9 @@ def _mapping(a: Kernel, load: Load) -> dict[str, Index]:
     return {i.name: g for i, g in zip(store.access.index, load.access.index, strict=True) if i.name is not None}
 
 
-def _base_mapping(a: Kernel, b: Kernel, flowing: tuple[str, ...], nested: bool) -> dict[str, Index] | None:
-    """The read that places the producer: each parallel axis is read at one axis of the consumer (or 0 where it runs once), where
-    `nested` a reduced one at the groups of the consumer and the places in each.
+def _base_mapping(a: Kernel, b: Kernel, flowing: tuple[str, ...], groups: bool) -> dict[str, Index] | None:
+    """The read that places the producer: each parallel axis is read at one axis of the consumer (or 0 where it runs once), with
+    `groups` a reduced one at the groups of the consumer and the places in each.
 
     Other reduced axes may be read anywhere, at a label's position say; those are left open.  The read that places most axes wins.
     """
@@ -118,7 +117,7 @@ def _base_mapping(a: Kernel, b: Kernel, flowing: tuple[str, ...], nested: bool) 
         for axis in a.axes:
             g = mapping.get(axis.name)
             plain = g is not None and (extents.get(g.name or "") == axis.extent or (g == ZERO and axis.extent.constant == 1))
-            plain = plain or (nested and g is not None and _is_cut(axis, g, b))
+            plain = plain or (groups and g is not None and _is_cut(axis, g, b))
             if plain:
                 placed[axis.name] = g
             elif g is not None and axis.kind == "parallel":
@@ -170,7 +169,7 @@ def _grows(a: Kernel, b: Kernel) -> bool:
     return size[1] > size[0] or any(names[1].count(n) > names[0].count(n) for n in names[1])
 
 
-def _complete(a: Kernel, b: Kernel, base: dict[str, Index], flowing: tuple[str, ...], needed: bool, nested: bool) -> Legal | Refused:
+def _complete(a: Kernel, b: Kernel, base: dict[str, Index], flowing: tuple[str, ...], needed: bool, heads: bool) -> Legal | Refused:
     """Match the producer's remaining axes with free axes of the consumer of the same extent, else add them."""
     taken = {n for g in base.values() for n in g.names()}
     free = [x for x in b.axes if x.name not in taken and x.extent.constant != 1]
@@ -191,7 +190,7 @@ def _complete(a: Kernel, b: Kernel, base: dict[str, Index], flowing: tuple[str, 
             axes[axis.name] = Index.of(choice[0].name)
             if axis.kind == "reduce":
                 reduced.add(choice[0].name)
-        elif not nested and (cut := _cut(axis, free, a, b)) is not None:
+        elif heads and (cut := _cut(axis, free, a, b)) is not None:
             free = [x for x in free if x.name not in cut.names()]
             axes[axis.name] = cut
             reduced |= cut.names()
@@ -241,8 +240,9 @@ def _domain_refusal(a: Kernel, b: Kernel, legal: Legal, parallel_left: list[Axis
         return "the reduction runs over an axis that the consumer lacks"
     sets = {frozenset(n for x in op.axes for n in legal.axes[x].names()) for op in a.body if isinstance(op, Reduce)}
     own = {frozenset(op.axes) for op in b.body if isinstance(op, Reduce)}
-    cut = any(len(g.names()) > 1 for g in legal.axes.values())
-    sets |= set() if cut and sets and all(group < row for group in own for row in sets) else own  # each group within the row
+    cut = len(own) == 1 and any(len(g.names()) > 1 for g in legal.axes.values())
+    nested = cut and all(group < row for group in own for row in sets)  # groups within the row
+    sets |= set() if sets and nested else own
     scans = {legal.axes[op.axis].name for op in a.body if isinstance(op, Scan)} | {op.axis for op in b.body if isinstance(op, Scan)}
     if len(sets) > 1 or (sets and scans and next(iter(sets)) != frozenset(scans)):
         return "reductions over different axes"
