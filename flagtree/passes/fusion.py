@@ -17,6 +17,7 @@ from flagtree.ir.verify import unproved
 from flagtree.passes.append import Known, append, known
 from flagtree.passes.base import Fuel, Refused, Report
 from flagtree.passes.canonicalize import canonical_kernel, drop_dead
+from flagtree.passes.divide import divided
 from flagtree.passes.merge import can_merge, merge, moved_reduction
 from flagtree.passes.rewrite import EXPENSIVE
 
@@ -100,6 +101,10 @@ class FusionWalk:
         if state is not None and (appended := append(self.program, producer, state, consumer, kept)) is not None:
             return apart if place is None else (appended[0], place, appended[1])
         legal = can_merge(self.program, producer, consumer, kept, self.heads, self.groups)
+        if isinstance(legal, Refused) and (parted := self._divided(a, b, consumer)) is not None:
+            again = can_merge(self.program, producer, parted, kept, self.heads, self.groups)
+            if not isinstance(again, Refused):
+                legal, consumer = again, parted
         if isinstance(legal, Refused):
             return legal
         if (why := moved_reduction(producer, consumer, legal)) is not None:
@@ -110,6 +115,13 @@ class FusionWalk:
         if (why := unproved(self.program, joined)) is not None:  # right perhaps, but no reader could know
             return Refused(both, f"the joined kernel cannot be proved: {why}")
         return joined, place, None
+
+    def _divided(self, a: int, b: int, consumer: Kernel) -> Kernel | None:
+        """The consumer with its rows as the producer has them; where a kernel reads what it stores, that could not join any more."""
+        if any(isinstance(self.steps[k], Kernel) for n in self.writes[b] for k in self._readers_after(b, n)):
+            return None
+        found = (divided(self.program, consumer, n) for n in self.writes[a] if n in self.reads[b])
+        return next((k for k in found if k is not None), None)
 
     def _known(self, a: int, kernel: Kernel) -> Known | None:
         if a not in self.known:

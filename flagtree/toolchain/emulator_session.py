@@ -17,12 +17,14 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from flagtree.errors import KernelFault, ToolchainError
 
+WAIT = 20  # times a run's CPU seconds, after which it is over whoever else had the processor
 COMPILE = 60.0  # seconds for one call of the C compiler, which makes the runtime and links kernels
 _HINT = "it needs a C compiler that works: set FLAGTREE_CXX to one"
 
@@ -60,11 +62,11 @@ class Session:
 
     def request(self, message: Mapping[str, object], seconds: float) -> dict[str, Any]:
         """One request, one answer.  Raises KernelFault when a kernel ends the process or does not end in time, ToolchainError when the
-        process fails, dies or does not answer."""
+        process fails, dies or does not answer.  `seconds` are a run's own CPU seconds: a busy machine makes no kernel wrong."""
         running = message.get("do") == "run"
         with self._lock:
             try:
-                line = self._exchange(json.dumps(message).encode() + b"\n", seconds)
+                line = self._exchange(json.dumps(message).encode() + b"\n", seconds, WAIT if running else 1)
             except BaseException:  # an interrupt leaves an answer behind, which the next request must not read
                 self.close()
                 raise
@@ -72,7 +74,7 @@ class Session:
             self.close()
             if running:
                 hint = "run fewer blocks or smaller shapes"
-                raise KernelFault("an emulated kernel does not end", why=f"no answer within {seconds:g} s", hint=hint)
+                raise KernelFault("an emulated kernel does not end", why=f"no answer within {seconds:g} CPU s", hint=hint)
             raise ToolchainError("the emulator does not get ready", why=f"no answer within {seconds:g} s", hint=_HINT)
         if not line:
             code = self._process.wait()
@@ -83,17 +85,29 @@ class Session:
             raise ToolchainError("the emulator failed", why=answer["error"], hint=_HINT)
         return answer
 
-    def _exchange(self, line: bytes, seconds: float) -> bytes | None:
-        """The answer's line; empty when the process ended, None when it says nothing in time."""
+    def _exchange(self, line: bytes, seconds: float, wait: int) -> bytes | None:
+        """The answer's line; empty when the process ended, None when it says nothing in `seconds` of its own, or `wait` times as long."""
         assert self._process.stdin is not None and self._process.stdout is not None
+        used, end = self._seconds() + seconds, time.monotonic() + seconds * wait
         try:
             self._process.stdin.write(line)
             self._process.stdin.flush()
             with selectors.DefaultSelector() as answer:  # `select` itself refuses descriptors above 1023
                 answer.register(self._process.stdout, selectors.EVENT_READ)
-                return self._process.stdout.readline() if answer.select(seconds) else None
+                while (left := min(used - self._seconds(), end - time.monotonic())) > 0:
+                    if answer.select(max(left, 0.05)):
+                        return self._process.stdout.readline()
+                return None
         except BrokenPipeError:
             return b""
+
+    def _seconds(self) -> float:
+        """CPU seconds that the process has taken; 0 after it died."""
+        try:
+            fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return 0.0
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def _stderr(self) -> str:
         return (self.folder / "stderr").read_text(errors="replace").strip()[-1000:]

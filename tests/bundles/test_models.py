@@ -23,6 +23,7 @@ from flagtree.capture.references import minicpmv4
 from flagtree.compile import compile_model
 from flagtree.runtime.load import LoadedBundle
 from tests.bundles.serving import serve
+from tests.models.plain_minimax import PlainMiniMax
 from tests.models.small import CONFIGS, description, full_depth, random_weights, small_spec
 
 STEPS = 8
@@ -37,9 +38,9 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def built(name: str, folder: Path) -> LoadedBundle:
+def built(name: str, folder: Path, dtype: str = "float32") -> LoadedBundle:
     path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(description(name)), encoding="utf-8")
+    path.write_text(yaml.safe_dump(description(name, dtype)), encoding="utf-8")
     (bundle,) = compile_model(str(path), ["cpu"], out=folder / "bundles").bundles
     return flagtree.load(bundle.path, trust=bundle.digest)
 
@@ -88,11 +89,16 @@ def with_tables(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+def weights_for(bundle: LoadedBundle, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    wanted = bundle.parts["prefill"].weights
+    return {n: w.detach() for n, w in (*model.named_parameters(), *model.named_buffers()) if n in wanted}
+
+
 @pytest.mark.parametrize("name", ["step3", "minicpm", "minimax"])
 def test_text_gives_the_logits_of_its_reference(name: str, tmp_path: Path) -> None:
     spec, bundle = small_spec(name), built(name, tmp_path)
     model = with_tables(random_weights(full_depth(spec, "prefill")))
-    weights = {n: w.detach() for n, w in (*model.named_parameters(), *model.named_buffers()) if n in bundle.parts["prefill"].weights}
+    weights = weights_for(bundle, model)
     ids, lengths, following = question(spec.text["vocab_size"])
     vision = {"features": torch.randn(1, spec.text["hidden_size"]), "feature_rows": torch.full_like(ids, -1)}
     more: Callable[[int], Any] = lambda step: vision if step == 0 and spec.parts.vision else {}
@@ -100,6 +106,38 @@ def test_text_gives_the_logits_of_its_reference(name: str, tmp_path: Path) -> No
     eager = reference_logits(spec, model)
     assert rms(eager[1:] - eager[:-1]) > 0.3 * rms(eager)  # a hard question: equal logits would prove nothing
     assert_equal_to_eager(found, eager, reference_logits(spec, model.double()))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_minimax_as_its_checkpoint_computes(dtype: str, tmp_path: Path) -> None:
+    """fp8 against the plain definition, a forward of each whole sequence without a cache.
+
+    An activation that lies between two values of e4m3 goes either way in f32 and f64, and what a token saw so all later ones see: of four
+    sequences one at least must agree in every step to the bits of f32, half of all logits, and the others but for such a step.
+    """
+    spec, bundle, random = small_spec("minimax-fp8", dtype), built("minimax-fp8", tmp_path, dtype), torch.Generator().manual_seed(2)
+    weights = weights_for(bundle, with_tables(random_weights(full_depth(spec, "prefill"))))
+    lengths = torch.tensor([5, 3, 2, 1])
+    ids, following = (torch.randint(97, (4, n), generator=random) for n in (5, STEPS))
+    found = serve(bundle, weights, ids, lengths, following)
+
+    def plain(element: torch.dtype, activations: bool = True) -> torch.Tensor:
+        model = PlainMiniMax(spec, weights, element, activations)
+        sequences = [(torch.cat([i[:n], rest]), n) for i, n, rest in zip(ids, lengths.tolist(), following, strict=True)]
+        return torch.stack([model.logits(tokens)[n - 1 :] for tokens, n in sequences], 1)
+
+    def off(logits: torch.Tensor) -> torch.Tensor:
+        return (logits - truth).norm(dim=-1) / truth.norm(dim=-1)
+
+    eager, truth = plain(getattr(torch, dtype)), plain(torch.float64)
+    assert rms(truth[1:] - truth[:-1]) > 0.3 * rms(truth)
+    assert found.shape == (1 + STEPS, 4, 97) and off(found).max() < 0.5
+    if dtype == "bfloat16":
+        assert_equal_to_eager(found, eager, truth)
+        return
+    exact = off(found) < 2e-5
+    assert exact.any(1).all() and exact.double().mean() >= 0.5
+    assert off(plain(torch.float64, activations=False)).min() > 0.01  # a sharp test: activations left as they are would show in each row
 
 
 def test_minimax_is_transformers_own(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -16,19 +15,14 @@ from flagtree.errors import CaptureError
 from flagtree.ir.program import Extern, Kernel, Program, Repeat, Step
 from flagtree.passes.pipeline import pipeline, run_pipeline
 from flagtree.targets import find_target
-from tests.models.small import description
+from tests.models.small import FP8, description
 from tests.products import CASES, grouped
-
-ANNOTATION = {
-    "weights": "float8_e4m3fn", "block": [128, 128], "activations": "float8_e4m3fn", "activation_group": 128,
-    "excluded": ["*.gate", "*.e_score_correction_bias", "lm_head"],
-}  # fmt: skip
 
 
 def spec(**quantisation: Any) -> ModelSpec:
-    described = copy.deepcopy(description("minimax", "bfloat16"))
-    described["config"] |= {"hidden_size": 256, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 64, "rotary_dim": 32}
-    return ModelSpec.model_validate({**described, "quantisation": ANNOTATION | quantisation, "capture": {"layers": 2, "quantised": True}})
+    described = description("minimax-fp8", "bfloat16")
+    described |= {"quantisation": FP8 | quantisation, "capture": {"layers": 2, "quantised": True}}
+    return ModelSpec.model_validate(described)
 
 
 def steps(items: tuple[Step, ...]) -> list[Step]:
@@ -42,9 +36,9 @@ def test_a_model_computes_with_the_tensors_that_its_checkpoint_has() -> None:
     stored = {n.removeprefix(f"{first}."): tuple(v.shape) for n, v in weights.items() if v.dtype == torch.float8_e4m3fn and first in n}
     assert stored == {
         "self_attn.q_proj.weight": (256, 256), "self_attn.k_proj.weight": (128, 256), "self_attn.v_proj.weight": (128, 256),
-        "self_attn.o_proj.weight": (256, 256), "mlp.experts.gate_up_proj": (6, 256, 256), "mlp.experts.down_proj": (6, 256, 128),
+        "self_attn.o_proj.weight": (256, 256), "mlp.experts.gate_up_proj": (6, 512, 256), "mlp.experts.down_proj": (6, 256, 256),
     }  # fmt: skip
-    assert tuple(weights[f"{first}.mlp.experts.gate_up_proj_scale_inv"].shape) == (6, 2, 2)
+    assert tuple(weights[f"{first}.mlp.experts.gate_up_proj_scale_inv"].shape) == (6, 4, 2)
     assert tuple(weights[f"{first}.self_attn.k_proj.weight_scale_inv"].shape) == (1, 2)
     assert weights["lm_head.weight"].dtype == torch.bfloat16
 

@@ -56,6 +56,18 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"images": [1, 4], "side": [1, 3]},
     ),
 }  # fmt: skip
+# MiniMax-M2's quantization_config; its blocks of 128 x 128 want wider rows
+FP8: dict[str, Any] = {
+    "weights": "float8_e4m3fn", "block": [128, 128], "activations": "float8_e4m3fn", "activation_group": 128,
+    "excluded": ["*.gate", "*.e_score_correction_bias", "lm_head"],
+}  # fmt: skip
+CONFIGS["minimax-fp8"] = (
+    "MiniMaxM2ForCausalLM",
+    {**CONFIGS["minimax"][1], "hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "rotary_dim": 32,
+     "num_hidden_layers": 4},
+    {},
+)
+STORED = 100.0  # what a weight of e4m3fn is as a rule
 QWEN3 = {**TEXT, "model_type": "qwen3", "head_dim": 32, "attention_bias": False, "use_sliding_window": False}
 CONFIGS["qwen3"] = ("Qwen3ForCausalLM", QWEN3, {})
 
@@ -70,7 +82,11 @@ def description(name: str, dtype: str = "float32") -> dict[str, Any]:
     if vision:
         parts["vision"] = vision
         parts["prefill"]["features"] = [1, 64]
-    return {"name": f"small-{name}", "architecture": architecture, "dtype": dtype, "config": config, "parts": parts}
+    made = {"name": f"small-{name}", "architecture": architecture, "dtype": dtype, "config": config, "parts": parts}
+    if name == "minimax-fp8":
+        made |= {"quantisation": FP8, "capture": {"quantised": True}}
+        made["dtypes"] = {"*.mlp.gate.weight": "float32", "*.mlp.e_score_correction_bias": "float32"}
+    return made
 
 
 def small_spec(name: str, dtype: str = "float32") -> ModelSpec:
@@ -78,14 +94,19 @@ def small_spec(name: str, dtype: str = "float32") -> ModelSpec:
 
 
 def random_weights(module: torch.nn.Module, seed: int = 3) -> torch.nn.Module:
-    """The module on the CPU with weights so wide that every logit differs; norms near one."""
+    """The module on the CPU with weights so wide that every logit differs; norms near one, weights of e4m3fn all over its range."""
     generator = torch.Generator().manual_seed(seed)
     module = module.to_empty(device="cpu")
     with torch.no_grad():
-        for weight in [*module.parameters(), *(b for b in module.buffers() if b.is_floating_point())]:
+        for name, weight in [*module.named_parameters(), *((n, b) for n, b in module.named_buffers() if b.is_floating_point())]:
             fan = weight.shape[-1] if weight.ndim > 1 else 25
             noise = torch.randn(weight.shape, generator=generator) * fan**-0.5
-            weight.copy_(noise + (1.0 if weight.ndim == 1 and weight.shape[0] > 8 else 0.0))
+            if name.endswith("scale_inv"):  # of e4m3fn: one block is not like the next, and a column's weights add up as a float's do
+                weight.copy_((noise.sigmoid() + 0.5) / STORED * (fan * 128) ** -0.5)
+            elif weight.dtype == torch.float8_e4m3fn:
+                weight.copy_(noise * fan**0.5 * STORED)
+            else:
+                weight.copy_(noise + (1.0 if weight.ndim == 1 and weight.shape[0] > 8 else 0.0))
     return module
 
 

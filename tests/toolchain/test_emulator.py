@@ -231,6 +231,23 @@ def test_arithmetic_faults_and_endless_loops() -> None:
     assert out[0] == 1
 
 
+def test_time_that_others_took_is_not_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wait is over and the process has not run: it is waited for again."""
+    waits: list[float] = []
+    select = emulator_session.selectors.DefaultSelector.select
+
+    def late(selector: object, timeout: float) -> object:
+        waits.append(timeout)
+        return [] if len(waits) == 1 else select(selector, timeout)
+
+    kernel(COPY).run((1,), 1, [integers(64), integers(64)])
+    out = integers(64)
+    with monkeypatch.context() as patch:
+        patch.setattr(emulator_session.selectors.DefaultSelector, "select", late)
+        kernel(COPY).run((1,), 1, [integers(64) + 3, out], seconds=20)
+    assert out[0] == 3 and len(waits) > 1 and waits[0] <= 20
+
+
 def test_arguments_are_checked() -> None:
     with pytest.raises(ToolchainError, match="do not fit its signature"):
         emulator.load(source(COPY), "k", ["*i32", "i32"])
