@@ -22,6 +22,7 @@ REQUIRED = (
     "max_position_embeddings",
     "tie_word_embeddings",
 )
+_TIED = "tie_word_embeddings"  # stands beside the text's own numbers in some
 # the same fact under the name that another family gives it
 OTHER_NAMES = {
     "max_position_embeddings": ("max_position_embedding", "max_seq_len"),
@@ -78,16 +79,19 @@ def _error(kind: str, message: str, at: tuple[str, ...], field: str, **context: 
 
 
 def _complete(text: Mapping[str, Any], config: Mapping[str, Any], at: tuple[str, ...]) -> None:
-    for field in REQUIRED:
-        name, value = named(text, field)
-        if value is None and field == "tie_word_embeddings":
-            value = config.get(field)
+    given = {field: named(text, field) for field in REQUIRED}
+    missing = [field for field, (_, value) in given.items() if value is None and not (field == _TIED and config.get(field) is not None)]
+    if missing:
+        near = difflib.get_close_matches(missing[0], [str(k) for k in text if k not in REQUIRED], n=1, cutoff=0.75)
+        hint = f"is '{near[0]}' meant to be '{missing[0]}'?" if near else "a description is complete: no default is taken from a library"
+        place = {"field": (*at, near[0])} if near else {"field": at} if at else {}
+        also = f", and so are {', '.join(map(repr, missing[1:]))}" if missing[1:] else ""
+        context = {"missing": missing[0], "also": also, "hint": hint, **place}
+        raise PydanticCustomError("config_missing", "the field '{missing}' is missing{also}", context)
+    for field, (name, value) in given.items():
         if value is None:
-            near = difflib.get_close_matches(field, [str(k) for k in text if k not in REQUIRED], n=1, cutoff=0.75)
-            hint = f"is '{near[0]}' meant to be '{field}'?" if near else "a description is complete: no default is taken from a library"
-            place = {"field": (*at, near[0])} if near else {"field": at} if at else {}
-            raise PydanticCustomError("config_missing", "the field '{missing}' is missing", {"missing": field, "hint": hint, **place})
-        if field == "tie_word_embeddings":
+            value = config.get(field)
+        if field == _TIED:
             if not isinstance(value, bool):
                 raise _error("config_flag", "'{name}' must be true or false", at, name, name=name)
         elif type(value) is not int or value < 1:
