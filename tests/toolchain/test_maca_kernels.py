@@ -27,7 +27,7 @@ from tests.toolchain.maca_programs import CASES, Case, Tensors
 
 pytestmark = pytest.mark.skipif(bool(emulator.missing()), reason=emulator.missing())
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
-# Pythons with other Triton releases, e.g. FLAGTREE_TEST_TRITON_PYTHONS=/opt/venv36/bin/python
+# Pythons with other Triton releases, e.g. FLAGTREE_TEST_TRITON_PYTHONS=.triton36/bin/python
 OTHERS = [p for p in os.environ.get("FLAGTREE_TEST_TRITON_PYTHONS", "").split(os.pathsep) if p]
 KEYS = [(name, dtype) for name in CASES for dtype in DTYPES]
 

@@ -18,7 +18,7 @@ from tests.toolchain import maca_references as references
 
 pytestmark = pytest.mark.skipif(bool(emulator.missing()), reason=emulator.missing())
 HERE = Path(__file__).parent
-# Pythons with other Triton releases, in which the same kernels are compiled: FLAGTREE_TEST_TRITON_PYTHONS=/opt/venv36/bin/python
+# Pythons with other Triton releases, in which the same kernels are compiled: FLAGTREE_TEST_TRITON_PYTHONS=.triton36/bin/python
 OTHERS = [p for p in os.environ.get("FLAGTREE_TEST_TRITON_PYTHONS", "").split(os.pathsep) if p]
 NAMES = list(references.SIGNATURES)
 
