@@ -4,8 +4,9 @@
     python benchmarks/serve.py --layers 4 --repeats 1                   # one round: 200 CPU s, about 3 minutes on two idle cores
     python benchmarks/serve.py --repeats 0 --out ...                    # nothing more is measured: the page of what was
 
-Needs the extra `vllm`.  Each run is a fresh server process with vLLM's own layout of processes; the contender that goes first changes from
-round to round, medians are reported.  A run that stands in STATE/LAYERS/runs.jsonl is not repeated: a campaign goes on where it stopped.
+Needs the extras `vllm` and, for the plot, `bench`.  Each run is a fresh server process with vLLM's own layout of processes; the contender
+that goes first changes from round to round, medians are reported.  A run that stands in STATE/LAYERS/runs.jsonl is not repeated: a
+campaign goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -255,6 +256,18 @@ def _speed(found: Sequence[Mapping[str, Any]], starts: Sequence[str], batch: int
     return batch / statistics.median(times) if times else None
 
 
+def spread(found: Sequence[Mapping[str, Any]], clock: str) -> str:
+    """How far single runs of one contender lie apart: what a ratio of two medians is worth."""
+    lines = []
+    for batch in BATCHES:
+        ratios = []
+        for starts in CONTENDERS.values():
+            times = [float(r[f"{clock} {batch}"]) for r in found if r["start"] in starts]
+            ratios += [statistics.median(times) / t for t in times]
+        lines.append(f"{min(ratios):.2f} to {max(ratios):.2f} at batch {batch}" if ratios else f"nothing at batch {batch}")
+    return f"Single runs lie at {', '.join(lines)} of their contender's median."
+
+
 def same_ids(found: Sequence[Mapping[str, Any]]) -> str:
     """Which starts gave the first answer of eager with `custom_ops` none."""
     want = next((r["ids"] for r in found if r["start"] == "eager none"), None)
@@ -276,13 +289,15 @@ def page(states: Sequence[Path]) -> tuple[str, dict[str, Any], list[Panel]]:
             "* vLLM's own layout: three processes, one OpenMP thread in the worker\n"
             f"* fresh processes, order rotated, medians; load average before a run, median {load:.1f}",
             "CPU seconds of all processes until the first answer, and until the first with log-probabilities, for which vLLM compiles a "
-            "helper of its own where it may.  Imports are most of it.  The counts include both.",
+            "helper of its own where it may.  Imports are most of it.  The counts include both.  flagtree starts as `flagtree "
+            "serve` starts vLLM, whose garbage collector waits while it imports; `eager held` is `eager none` started so.",
             starts_table(found),
             same_ids(found),
             f"Tokens a second of wall time, {TOKENS} tokens a request; in brackets by `eager, custom_ops none`.",
             speed_table(found, "wall"),
             "The same by CPU seconds of the worker, which other work on the machine disturbs less.",
             speed_table(found, "worker"),
+            spread(found, "worker"),
         ]
         data[str(layers)] = found
         labels = [s for s in STARTS if medians(found, s, "cpu")]
@@ -306,6 +321,8 @@ def main() -> None:
         job = json.loads(Path(options.child[0]).read_text())
         Path(options.child[1]).write_text(json.dumps(serve(**job)))
         return
+    if options.out:
+        import matplotlib  # noqa: F401  # said now, not after an hour
     states = {layers: options.state.absolute() / str(layers) for layers in options.layers}
     for layers, state in states.items() if options.repeats else ():
         campaign(state, layers, options.repeats)
