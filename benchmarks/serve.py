@@ -168,8 +168,7 @@ def run(state: Path, name: str, arguments: Mapping[str, Any], cache: Path) -> di
     load = os.getloadavg()[0]
     with (state / f"{name.replace(' ', '_')}.log").open("w") as told:
         command = [sys.executable, __file__, "--child", str(job), str(out)]
-        launched = {} if name not in LAUNCHED else {HELD: "1"} if "eager" in name else {HELD: "1", **ENVIRONMENT}
-        started = environment(state, cache) | launched
+        started = environment(state, cache) | ({HELD: "1"} if name in LAUNCHED else {}) | (ENVIRONMENT if "flagtree" in name else {})
         subprocess.run(command, env=started, stdout=told, stderr=told, check=True)
     after = len(log.read_text().splitlines()) if log.exists() else 0
     return {"start": name, "compilers": after - before, "load": load, **json.loads(out.read_text())}

@@ -80,7 +80,9 @@ def _error(kind: str, message: str, at: tuple[str, ...], field: str, **context: 
 
 def _complete(text: Mapping[str, Any], config: Mapping[str, Any], at: tuple[str, ...]) -> None:
     given = {field: named(text, field) for field in REQUIRED}
-    missing = [field for field, (_, value) in given.items() if value is None and not (field == _TIED and config.get(field) is not None)]
+    if given[_TIED][1] is None:
+        given[_TIED] = _TIED, config.get(_TIED)
+    missing = [field for field, (_, value) in given.items() if value is None]
     if missing:
         near = difflib.get_close_matches(missing[0], [str(k) for k in text if k not in REQUIRED], n=1, cutoff=0.75)
         hint = f"is '{near[0]}' meant to be '{missing[0]}'?" if near else "a description is complete: no default is taken from a library"
@@ -89,8 +91,6 @@ def _complete(text: Mapping[str, Any], config: Mapping[str, Any], at: tuple[str,
         context = {"missing": missing[0], "also": also, "hint": hint, **place}
         raise PydanticCustomError("config_missing", "the field '{missing}' is missing{also}", context)
     for field, (name, value) in given.items():
-        if value is None:
-            value = config.get(field)
         if field == _TIED:
             if not isinstance(value, bool):
                 raise _error("config_flag", "'{name}' must be true or false", at, name, name=name)

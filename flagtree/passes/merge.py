@@ -23,6 +23,7 @@ class Legal:
     """`axes`: producer axis -> index over the consumer's axes (none: inlined wherever read); `added`: producer axes that become
     axes of their own; `reduced`: consumer axes that become reduce axes; `flowing`: the buffers handed over;
     `overwritten`: those that the consumer stores whole again, so that the producer's store is dead."""
+
     axes: Mapping[str, Index] | None
     added: tuple[Axis, ...]
     reduced: frozenset[str]
@@ -248,9 +249,7 @@ def _domain_refusal(a: Kernel, b: Kernel, legal: Legal, parallel_left: list[Axis
         return "reductions over different axes"
     if sets or scans:
         inner = next(iter(sets)) if sets else frozenset(scans)
-        if any(x.name not in inner for x in left if x.kind == "reduce") or legal.reduced - inner:
-            return "reductions over different axes"
-        if any(x.kind == "reduce" and x.name not in inner for x in legal.added):
+        if any(x.kind == "reduce" and x.name not in inner for x in (*left, *legal.added)) or legal.reduced - inner:
             return "reductions over different axes"
     return None
 
