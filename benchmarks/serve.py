@@ -33,20 +33,27 @@ VOCABULARY, DTYPE = 1024, "bfloat16"
 BATCHES = (1, 8, 32)
 TOKENS = 32
 # starts that follow one another in one cache of vLLM's; the first finds it empty
+SERIES = (
+    ("eager none",), ("eager held",), ("eager default",), ("inductor cold", "inductor warm", "inductor held"),
+    ("flagtree first", "flagtree second"),
+)  # fmt: skip
 CONTENDERS = {
     "eager, custom_ops none": ("eager none",),
-    "eager, our launcher": ("eager held",),
+    "eager, custom_ops none, held": ("eager held",),
     "eager": ("eager default",),
     "inductor": ("inductor cold", "inductor warm"),
+    "inductor, held": ("inductor held",),
     "flagtree": ("flagtree first", "flagtree second"),
 }
-LAUNCHED = ("eager held", "flagtree first", "flagtree second")  # as `flagtree serve` starts vLLM, whose garbage collector waits meanwhile
+# as `flagtree serve` starts vLLM: its garbage collector waits while it imports, large blocks lie on huge pages
+LAUNCHED = ("eager held", "inductor held", "flagtree first", "flagtree second")
+PAGES = "GLIBC_TUNABLES"
 HELD = "SERVE_HELD"  # set in a child's environment
 if os.environ.get(HELD):  # at import: vLLM's processes import this module again before anything else
     from flagtree.serve import collector
 
     collector.hold()
-STARTS = tuple(start for starts in CONTENDERS.values() for start in starts)
+STARTS = tuple(start for starts in SERIES for start in starts)
 ENGINE = {"max_model_len": 512, "max_num_seqs": 32, "max_num_batched_tokens": 512, "seed": 0, "disable_log_stats": True,
           "enable_prefix_caching": False, "worker_extension_cls": "flagtree.serve.worker.Report"}  # fmt: skip
 
@@ -137,7 +144,7 @@ def prepare(state: Path, layers: int) -> dict[str, Any]:
     eager = {"enforce_eager": True}
     none = {**eager, "compilation_config": {"custom_ops": ["none"]}}
     return {"eager none": none, "eager held": none, "eager default": eager, "inductor cold": {}, "inductor warm": {},
-            "flagtree first": flagtree, "flagtree second": flagtree}  # fmt: skip
+            "inductor held": {}, "flagtree first": flagtree, "flagtree second": flagtree}  # fmt: skip
 
 
 def environment(state: Path, cache: Path) -> dict[str, str]:
@@ -151,7 +158,7 @@ def environment(state: Path, cache: Path) -> dict[str, str]:
     cache.mkdir(parents=True, exist_ok=True)
     if not (cache / "modelinfos").exists():
         (cache / "modelinfos").symlink_to(state / "modelinfos")
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("FLAGTREE_", "TORCHINDUCTOR_", "VLLM_"))}
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("FLAGTREE_", "TORCHINDUCTOR_", "VLLM_", PAGES))}
     return {**clean, "VLLM_CACHE_ROOT": str(cache), "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"), "CXX": str(counting),
             "FLAGTREE_CACHE_DIR": str(state / "store"), "FLAGTREE_CXX": str(counting), "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
             "VLLM_DO_NOT_TRACK": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING", "PYTHONPATH": str(ROOT)}  # fmt: skip
@@ -168,7 +175,8 @@ def run(state: Path, name: str, arguments: Mapping[str, Any], cache: Path) -> di
     load = os.getloadavg()[0]
     with (state / f"{name.replace(' ', '_')}.log").open("w") as told:
         command = [sys.executable, __file__, "--child", str(job), str(out)]
-        started = environment(state, cache) | ({HELD: "1"} if name in LAUNCHED else {}) | (ENVIRONMENT if "flagtree" in name else {})
+        held = {HELD: "1", PAGES: ENVIRONMENT[PAGES]} if name in LAUNCHED else {}
+        started = environment(state, cache) | held | (ENVIRONMENT if "flagtree" in name else {})
         subprocess.run(command, env=started, stdout=told, stderr=told, check=True)
     after = len(log.read_text().splitlines()) if log.exists() else 0
     return {"start": name, "compilers": after - before, "load": load, **json.loads(out.read_text())}
@@ -182,14 +190,12 @@ def campaign(state: Path, layers: int, repeats: int) -> None:
     known = read(state)
     if not (state / "conditions.md").exists():
         (state / "conditions.md").write_text(conditions())
-    names = list(CONTENDERS)
     for k in range(repeats):
-        turn = k % len(names)
-        for contender in (*names[turn:], *names[:turn]):
-            starts = CONTENDERS[contender]
+        turn = k % len(SERIES)
+        for starts in (*SERIES[turn:], *SERIES[:turn]):
             if all(sum(r["start"] == s for r in known) > k for s in starts):
                 continue
-            cache = state / "caches" / contender.split(",")[0]
+            cache = state / "caches" / starts[0].replace(" ", "_")
             shutil.rmtree(cache, ignore_errors=True)
             found = [run(state, start, asked[start], cache) for start in starts]
             known += found
@@ -289,7 +295,8 @@ def page(states: Sequence[Path]) -> tuple[str, dict[str, Any], list[Panel]]:
             f"* fresh processes, order rotated, medians; load average before a run, median {load:.1f}",
             "CPU seconds of all processes until the first answer, and until the first with log-probabilities, for which vLLM compiles a "
             "helper of its own where it may.  Imports are most of it.  The counts include both.  flagtree starts as `flagtree "
-            "serve` starts vLLM, whose garbage collector waits while it imports; `eager held` is `eager none` started so.",
+            "serve` starts vLLM: its garbage collector waits while it imports, and large blocks of memory lie on huge pages. `held` are "
+            "`eager none` and `inductor warm` started so.",
             starts_table(found),
             same_ids(found),
             f"Tokens a second of wall time, {TOKENS} tokens a request; in brackets by `eager, custom_ops none`.",

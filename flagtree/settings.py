@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Generic, TypeVar, overload
 
 from flagtree.errors import FlagtreeError, UnknownName
@@ -126,9 +127,9 @@ class Settings:
         return {s.name: getattr(self, s.name) for s in self.table() if s.enters_key}
 
     @staticmethod
-    def child_environment(**more: str) -> dict[str, str]:
-        """The environment for a process that we start, with some variables set."""
-        return {**os.environ, **more}
+    def child_environment(unless_set: Mapping[str, str] = MappingProxyType({}), **more: str) -> dict[str, str]:
+        """The environment for a process that we start: ours, what it lacks of `unless_set`, and `more` in any case."""
+        return {**unless_set, **os.environ, **more}
 
     @contextlib.contextmanager
     def override(self, **values: object) -> Iterator[None]:

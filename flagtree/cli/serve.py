@@ -29,8 +29,9 @@ EXAMPLES = """
 """
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 PORT = 8000  # vLLM's own
-# else vLLM's key of a traced graph holds the hash of all sources of torch and Triton, for Inductor's sake: half a CPU second a start
-ENVIRONMENT = {"VLLM_USE_MEGA_AOT_ARTIFACT": "0"}
+# unless set otherwise.  Else vLLM's key of a traced graph holds the hash of all sources of torch and Triton, for Inductor's sake: half a
+# CPU second a start; and weights lie on small pages, which decoding, limited by memory, pays for (glibc 2.35; docs/serving.md)
+ENVIRONMENT = {"VLLM_USE_MEGA_AOT_ARTIFACT": "0", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 OURS = ("-cc", "--compilation-config", "--compilation_config", "--additional-config", "--additional_config", "--worker-extension-cls", "-O")
 
 
@@ -57,11 +58,12 @@ def run(
     command = [sys.executable, "-m", "flagtree.serve.launch", "serve", model, "-cc.mode=2", f"-cc.backend={backend}"]
     command += ['-cc.custom_ops=["none"]', "--additional-config", json.dumps({"flagtree": ours})]
     command += ["--worker-extension-cls", "flagtree.serve.worker.Report", *context.args]
-    typer.echo(shlex.join([*(f"{k}={v}" for k, v in ENVIRONMENT.items()), *command]), err=not show)
+    environment = settings.child_environment(ENVIRONMENT)
+    typer.echo(shlex.join([*(f"{k}={environment[k]}" for k in ENVIRONMENT), *command]), err=not show)
     if show:
         return
     sys.stderr.flush()
-    os.execve(command[0], command, settings.child_environment(**ENVIRONMENT))
+    os.execve(command[0], command, environment)
 
 
 def _check_asked(bundle: Path | None, record: Path | None, strict: str) -> None:

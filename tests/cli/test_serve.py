@@ -31,11 +31,17 @@ def test_the_command_binds_the_bundle_by_its_digest(flagtree: Flagtree, bundle: 
     ended = flagtree("serve", "my model", "--bundle", str(bundle), "--show", "--port", "8001")
     assert ended.code == 0, ended.err
     words = shlex.split(ended.out)
-    assert words[0] == "VLLM_USE_MEGA_AOT_ARTIFACT=0"  # of the shell's words for a command
-    assert words[2:6] == ["-m", "flagtree.serve.launch", "serve", "my model"]
+    assert words[:2] == ["VLLM_USE_MEGA_AOT_ARTIFACT=0", "GLIBC_TUNABLES=glibc.malloc.hugetlb=1"]  # of the shell's words for a command
+    assert words[3:7] == ["-m", "flagtree.serve.launch", "serve", "my model"]
     assert f"-cc.backend=flagtree.serve.bundles.d_{digest.removeprefix('sha256:')}" in words
     assert json.loads(words[words.index("--additional-config") + 1]) == {"flagtree": {"bundle": str(bundle), "strict": "serve"}}
     assert words[-2:] == ["--port", "8001"]
+
+
+def test_a_variable_that_the_user_has_set_stays(flagtree: Flagtree, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=2")
+    words = shlex.split(flagtree("serve", "model", "--record", "graphs.jsonl", "--show").out)
+    assert words[:2] == ["VLLM_USE_MEGA_AOT_ARTIFACT=0", "GLIBC_TUNABLES=glibc.malloc.arena_max=2"]
 
 
 def test_a_bundle_of_another_machine_needs_its_digest(flagtree: Flagtree, bundle: Path) -> None:
