@@ -141,8 +141,13 @@ def main() -> None:
             lines.append(f"| {shape.what} | {dtype} | {own:.0f} | {plain:.0f} | {under:.0f} | {own / plain:.2f} | {own / under:.2f} |")
             print(lines[-1], flush=True)
     if arguments.out is not None:
-        head = "Attention on the CPU, one thread: `python benchmarks/attention.py`. Medians of CPU microseconds a call, " + levels()[0]
-        arguments.out.write_text(f"# Attention\n\n{head}, torch {torch.__version__}.\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
+        told = (
+            "`python benchmarks/attention.py`: CPU microseconds a call, one thread, medians; columns of one row were measured in turn.  "
+            "`sdpa` is the eager definition of our operators (SDPA without copies, a call a sequence), `masked` one SDPA under a boolean "
+            "mask.  In bf16 the pass leaves calls of SDPA itself to it (encoders, causal, masked), and takes ours of the others."
+        )
+        text = "\n\n".join(["# Attention on the CPU", f"{measure.conditions()}\n* {levels()[0]}", told, "\n".join(lines)])
+        arguments.out.write_text(f"{text}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -10,10 +10,13 @@ code walks the keys in T tiles with a running maximum (templates/cpp_attention.h
 - A weight is exp(s - base) times one exp(old base - new base) for each later tile.  Bases only rise and are exact, so the arguments add up
   to s - m whatever the bases are; each subtraction rounds by u of its size, in all u (m - s + 2 max e).  Each exp has its stated error.
   The factor between the last base and m is the same for all keys of a row, and cancels in N / W.  So a weight is off by a factor within
-  exp(e + u (m - s + 2 max e)) (1 + exp's error)^(T + 1), times 1 + u' where it is rounded to the element type u' (GPUs, in N only).
+  exp(e + u (m - s + 2 max e)) (1 + exp's error)^(T + 1), times 1 + u' where it is rounded to the element type u' (in N only; GPUs, and
+  many rows of bf16 on the CPU).
 - Sums of n terms that pass through T rescales: gamma(n + T + 3) of the sum of magnitudes (Higham, section 4.2).
-With |N' - N| <= A and |W' - W| <= B that is |N'/W' - N/W| <= (A + |N/W| B) / (W - B), and the division rounds by u.  Where a product or an
-exp underflows, 2^-126 of the largest weight is added for each key and tile.
+With |N' - N| <= A and |W' - W| <= B that is |N'/W' - N/W| <= (A + |N/W| B) / (W - B), and the division rounds by u, by 2 u where it is a
+product with 1 / W'.  Where a product or an exp underflows, 2^-126 of the largest weight is added for each key and tile.
+- Many rows of bf16 on the CPU go through products of pairs (templates/cpp_pairs.h), which take numbers below 2^-126 for zero: that much
+  of an operand, of a product and of a sum is lost.  Their exp has WEIGHT_ERROR besides (codegen/cpp_attention.py).
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ import torch
 from flagtree.check.attention_inputs import tile_of
 from flagtree.check.enclosure import Enclosed
 from flagtree.check.stated import Stated
+from flagtree.codegen.cpp_attention import PAIR_ROWS, WEIGHT_ERROR, in_pairs
 from flagtree.ir.attention import CACHED, PACKED, Form, group_of, operands
 from flagtree.ir.dtypes import DTYPES
 from flagtree.ir.evaluate import torch_dtype
@@ -34,7 +38,7 @@ from flagtree.ir.program import Buffer, Program
 
 Tensor = torch.Tensor
 _UNIT, _LEAST = 2.0**-24, 2.0**-126
-_ROWS = 64  # of a block, whose keys are walked for all of them (codegen/cpp_attention.py; at most that in passes/attention.py)
+_ROWS = PAIR_ROWS  # the most of a block, whose keys are walked for all of them
 _LARGEST = 2.0**100  # magnitudes beyond which an f32 sum may overflow: nothing is stated
 
 
@@ -130,6 +134,7 @@ class _Part:
         walked = k.shape[0].evaluate(symbols) if form.kind == PACKED else self.high - self.low + _ROWS
         self.tiles = -(-walked // tile_of(program)) + 2
         self.scale, self.dtype = form.scale, q.dtype
+        self.pairs = in_pairs(program, form)
 
     def bounded(self, stated: Stated) -> tuple[Tensor, Tensor]:
         """(result, its error) [R, E]; infinite errors where nothing is stated, zeros where a row sees nothing."""
@@ -145,22 +150,27 @@ class _Part:
         empty = (score == -math.inf).all(1)
         gap = torch.where(empty[:, None], math.inf, score.amax(1, keepdim=True) - score)
         error = _gamma(torch.tensor(self.keys.shape[1] + 4)) * size
+        pairs = self.pairs and not stated.threads
+        rounds = self.pairs or stated.threads
+        if pairs:
+            magnitudes = weighed.abs().sum(1, keepdim=True) + self.keys.abs().sum(1) + 2 * self.keys.shape[1]
+            error = error + (_LEAST * abs(self.scale) * magnitudes).masked_fill(unseen, 0.0)
         argument = error + 1.001 * _UNIT * (torch.where(torch.isfinite(gap), gap, 0.0) + 2 * error.amax(1, keepdim=True))
         one = stated.functions["exp2" if stated.threads else "exp"].ulp * 2 * _UNIT
-        off = torch.expm1(argument + (self.tiles + 1) * math.log1p(one))
+        off = torch.expm1(argument + (self.tiles + 1) * math.log1p(one) + (math.log1p(WEIGHT_ERROR) if pairs else 0.0))
         weight = torch.exp(-gap)
         terms = self.seen.sum(1, keepdim=True)
         summed = _gamma(terms + self.tiles + 3)
-        rounded = _unit(self.dtype) if stated.threads else 0.0
-        lost = terms * (self.tiles + 2) * (_LEAST + (_least(self.dtype) if stated.threads else 0.0))
+        rounded = _unit(self.dtype) if rounds else 0.0
+        lost = terms * (self.tiles + 2) * (_LEAST + (_least(self.dtype) if rounds else 0.0))
         total, sums = weight.sum(1, keepdim=True), weight @ self.values
         above = (weight * ((1 + off) * (1 + rounded) * (1 + summed) - 1)) @ self.values.abs()
-        above = above + lost * self.values.abs().amax(0) + terms * 2.0**-149
+        above = above + lost * self.values.abs().amax(0) + terms * (4 * _LEAST if pairs else 2.0**-149)
         below = (weight * ((1 + off) * (1 + summed) - 1)).sum(1, keepdim=True) + lost
         total = torch.where(empty[:, None], 1.0, total)
         result = sums / total
         bound = (above + result.abs() * below) / (total - below)
-        bound = bound + _UNIT * (result.abs() + bound) + 2.0**-149
+        bound = bound + (2.001 if pairs else 1) * _UNIT * (result.abs() + bound) + 2.0**-149
         known = finite & fits[:, None] & (below < total / 2) & torch.isfinite(bound)
         result, bound = torch.where(known, result, 0.0), torch.where(known, bound, math.inf)
         nothing = ((empty & finite) | unseen.all(1))[:, None]  # a mask of -inf, or no key at all

@@ -11,7 +11,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-FILES = ("cpp_vectors.h", "cpp_scalar_ops.h", "cpp_math.h", "cpp_reduce.h", "cpp_gemm.h", "cpp_attention.h")
+FILES = ("cpp_vectors.h", "cpp_scalar_ops.h", "cpp_math.h", "cpp_reduce.h", "cpp_gemm.h", "cpp_pairs.h", "cpp_attention.h",
+         "cpp_attention_pairs.h")  # fmt: skip
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
 _MARK = re.compile(r"^//@ (.*)$", re.MULTILINE)
 

@@ -44,8 +44,8 @@ TARGETS = (
         levels=LEVELS,
         row_limit=1 << 30,  # rows are walked in sweeps, never held in one tile
         attention={
-            "one token": frozenset({"bf16", "f32"}),
-            **dict.fromkeys(("one token, many heads", "a window", "some keys", "packed sequences"), frozenset({"f32"})),
+            **dict.fromkeys(("one token", "one token, many heads", "a window"), frozenset({"bf16", "f32"})),
+            **dict.fromkeys(("some keys", "packed sequences"), frozenset({"bf16", "f32"})),
             **dict.fromkeys(("SDPA", "SDPA under a mask"), frozenset({"f32"})),
         },
         lookups=True,
@@ -57,7 +57,7 @@ TARGETS = (
         dtypes=DTYPES,
         facts_from={
             "levels": "x86-64 psABI 1.0, section 3.1.1; Armv8-A baseline (NEON)",
-            "attention": "measured beside SDPA of torch 2.13, whose bf16 of many rows has AMX (docs/attention.md)",
+            "attention": "measured beside SDPA of torch 2.13 on a processor with AMX (docs/attention.md)",
             "gemm_rows": "measured beside oneDNN and MKL of torch 2.13 on a processor with AMX (docs/cpu.md, Templates); f32 of "
             "x86-64-v3 with MKL held to AVX2; aarch64 not measured; x86-64-v2 has no fused multiply-add",
         },

@@ -1,6 +1,65 @@
 // Attention over rows of one key head: a block of keys at a time, with a running maximum; every key and value is read once for ROWS rows.
 // Row r sees the keys seen_from[r]..seen_to[r]-1.  A score has PARTIALS partial sums, joined by `tree` (few rows), or adds its products one
 // after the other (many rows: KEYS_ALONG_LANES); an element of a result adds its keys one after the other: the same at every level.
+//@ KEYS
+enum { KEYS = 64 };  // of a block
+//@ transpose
+// lanes without bit h of a, in the others those of b that are h lanes before; and lanes with bit h of b, in the others those of a h behind
+#if defined(__clang__)
+template <class V> INLINE void exchange(V *a, V *b, int h) {
+  const V before = *a;
+  *a = select((lanes & h) != 0, swap_lanes(*b, h), before);
+  *b = select((lanes & h) != 0, *b, swap_lanes(before, h));
+}
+#else
+template <class V> INLINE void exchange(V *a, V *b, int h) {
+  const V before = *a;
+  *a = __builtin_shuffle(before, *b, (lanes & h) != 0 ? (lanes ^ h) + (i32)W : lanes);
+  *b = __builtin_shuffle(before, *b, (lanes & h) != 0 ? lanes + (i32)W : lanes ^ h);
+}
+#endif
+// W vectors of W lanes, element l of vector i and element i of vector l exchanged
+template <class V> INLINE void transpose(V *v) {
+#pragma GCC unroll 4
+  for (int h = W / 2; h > 0; h /= 2)
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i)
+      if (!(i & h)) exchange(v + i, v + i + h, h);
+}
+//@ weigh
+enum { ROW_TILE = 4 };
+// scores to weights exp(score - maximum) of ROW_TILE rows, zero outside of first..last-1; what the sums so far are to be multiplied with
+INLINE void weigh(f32 (*s)[KEYS], const i64 *first, const i64 *last, f32 *highest, f32 *total, f32 *rescale) {
+  f32 base[ROW_TILE], fallen[W] = {};
+#pragma GCC unroll 4
+  for (int i = 0; i < ROW_TILE; ++i) {
+    for (i64 j = 0; j < first[i]; ++j) s[i][j] = -__builtin_inff();
+    for (i64 j = last[i]; j < KEYS; ++j) s[i][j] = -__builtin_inff();
+    max_state<f32v> most[PARTS];
+    for (int p = 0; p < PARTS; ++p) most[p].value = load(s[i] + p * W, W);
+    for (int j = PARTIALS; j < KEYS; j += PARTIALS)
+      for (int p = 0; p < PARTS; ++p) most[p] = combine(most[p], max_state<f32v>{load(s[i] + j + p * W, W)});
+    const f32 peak = maximum(tree(most).value, splat(highest[i]))[0];
+    base[i] = peak == -__builtin_inff() ? 0.f : peak;
+    fallen[i] = highest[i] - base[i];
+    highest[i] = peak;
+  }
+  const f32v shares = exp_of(load(fallen, W));
+#pragma GCC unroll 4
+  for (int i = 0; i < ROW_TILE; ++i) {
+    sum_state<f32v> sums[PARTS] = {};
+    for (int j = 0; j < KEYS; j += PARTIALS)
+      for (int p = 0; p < PARTS; ++p) {
+        // what is too far below the maximum is zero, -inf too: denormal numbers are slow
+        const f32v x = load(s[i] + j + p * W, W) - base[i];
+        const f32v weight = select(x < -87.f, splat(0.f), exp_of(select(x < -87.f, splat(0.f), x)));
+        store(s[i] + j + p * W, weight, W);
+        sums[p].value += weight;
+      }
+    rescale[i] = shares[i];
+    total[i] = total[i] * rescale[i] + tree(sums).value[0];
+  }
+}
 //@ store_step_f32 store_step_bf16
 // what PART loads, back again
 INLINE void store_step_f32(f32 *p, const f32v *v, i64 n) {
@@ -13,27 +72,15 @@ INLINE void store_step_bf16(u16 *p, const f32v *v, i64 n) {
   }
 }
 //@ attend_rows
-enum { KEYS = 64, ROW_TILE = 4, STEP_PARTS = PARTS * TILE_DEPTH / PARTIALS, STEPS = NATIVE_BYTES == 64 ? WIDE_STEPS : 1 };
+enum { STEP_PARTS = PARTS * TILE_DEPTH / PARTIALS, STEPS = NATIVE_BYTES == 64 ? WIDE_STEPS : 1 };
 #if KEYS_ALONG_LANES
-// W vectors of W lanes, element l of vector i and element i of vector l exchanged
-INLINE void transpose(f32v *v) {
-#pragma GCC unroll 4
-  for (int h = W / 2; h > 0; h /= 2)
-#pragma GCC unroll 16
-    for (int i = 0; i < W; ++i)
-      if (!(i & h)) {
-        const f32v a = v[i], b = v[i + h];
-        v[i] = select((lanes & h) != 0, swap_lanes(b, h), a);
-        v[i + h] = select((lanes & h) != 0, b, swap_lanes(a, h));
-      }
-}
-// element d of key j at [d][j], widened; keys beyond `count` repeat the last one
+// element d of key j at [d][j]; keys beyond `count` repeat the last one
 static __attribute__((noinline)) void turn_keys(const ELEMENT *k, i64 k_stride, i64 count, f32 (*out)[KEYS]) {
   for (i64 j = 0; j < count; j += W)
     for (i64 d = 0; d < DEPTH; d += W) {
       f32v v[W];
 #pragma GCC unroll 16
-      for (int n = 0; n < W; ++n) v[n] = LOAD(k + (j + n < count ? j + n : count - 1) * k_stride + d, DEPTH - d);
+      for (int n = 0; n < W; ++n) v[n] = load(k + (j + n < count ? j + n : count - 1) * k_stride + d, DEPTH - d);
       transpose(v);
 #pragma GCC unroll 16
       for (int n = 0; n < W; ++n) store(out[d + n] + j, v[n], W);
@@ -90,38 +137,6 @@ INLINE void score_keys(const ELEMENT *const *q, const ELEMENT *k, i64 k_stride, 
   }
 }
 #endif
-// scores to weights exp(score - maximum) of ROW_TILE rows, zero outside of first..last-1; what the sums so far are to be multiplied with
-INLINE void weigh(f32 (*s)[KEYS], const i64 *first, const i64 *last, f32 *highest, f32 *total, f32 *rescale) {
-  f32 base[ROW_TILE], fallen[W] = {};
-#pragma GCC unroll 4
-  for (int i = 0; i < ROW_TILE; ++i) {
-    for (i64 j = 0; j < first[i]; ++j) s[i][j] = -__builtin_inff();
-    for (i64 j = last[i]; j < KEYS; ++j) s[i][j] = -__builtin_inff();
-    max_state<f32v> most[PARTS];
-    for (int p = 0; p < PARTS; ++p) most[p].value = load(s[i] + p * W, W);
-    for (int j = PARTIALS; j < KEYS; j += PARTIALS)
-      for (int p = 0; p < PARTS; ++p) most[p] = combine(most[p], max_state<f32v>{load(s[i] + j + p * W, W)});
-    const f32 peak = maximum(tree(most).value, splat(highest[i]))[0];
-    base[i] = peak == -__builtin_inff() ? 0.f : peak;
-    fallen[i] = highest[i] - base[i];
-    highest[i] = peak;
-  }
-  const f32v shares = exp_of(load(fallen, W));
-#pragma GCC unroll 4
-  for (int i = 0; i < ROW_TILE; ++i) {
-    sum_state<f32v> sums[PARTS] = {};
-    for (int j = 0; j < KEYS; j += PARTIALS)
-      for (int p = 0; p < PARTS; ++p) {
-        // what is too far below the maximum is zero, -inf too: denormal numbers are slow
-        const f32v x = load(s[i] + j + p * W, W) - base[i];
-        const f32v weight = select(x < -87.f, splat(0.f), exp_of(select(x < -87.f, splat(0.f), x)));
-        store(s[i] + j + p * W, weight, W);
-        sums[p].value += weight;
-      }
-    rescale[i] = shares[i];
-    total[i] = total[i] * rescale[i] + tree(sums).value[0];
-  }
-}
 // sums[i][e] += weights[i][j] * v[j][e] for N steps of elements
 template <int N> INLINE void add_values(const f32 (*weights)[KEYS], const ELEMENT *v, i64 v_stride, i64 first, i64 end, i64 left, f32 *sums) {
   f32v held[ROW_TILE][N * STEP_PARTS], value[STEP_PARTS];
@@ -155,7 +170,7 @@ static __attribute__((noinline)) void attend_rows(const ELEMENT *const *q, const
 #if KEYS_ALONG_LANES
   f32 turned[DEPTH_PADDED][KEYS], queries[ROWS][DEPTH_PADDED];
   for (i64 r = 0; r < rows; ++r)
-    for (i64 d = 0; d < DEPTH; d += W) store(queries[r] + d, LOAD(q[r] + d, DEPTH - d), W);
+    for (i64 d = 0; d < DEPTH; d += W) store(queries[r] + d, load(q[r] + d, DEPTH - d), W);
 #endif
   i64 from = 0, to = 0;
   for (i64 r = 0; r < rows; ++r) {
