@@ -1,7 +1,7 @@
-"""What a start of vLLM costs, and how fast it then answers: eager, with Inductor, and from a bundle.
+"""What a start of vLLM costs, and how fast it then answers (serve_tokens.py): eager, with Inductor, and from a bundle.
 
     python benchmarks/serve.py --out benchmarks/results/serve.md        # the whole campaign, page and plot: 5 rounds at 4 and 36 layers
-    python benchmarks/serve.py --layers 4 --repeats 1                   # one round: 200 CPU s, about 3 minutes on two idle cores
+    python benchmarks/serve.py --layers 4 --repeats 1 --sets 1          # one round and one set: 400 CPU s, 6 minutes on two idle cores
     python benchmarks/serve.py --repeats 0 --out ...                    # nothing more is measured: the page of what was
 
 Needs the extras `vllm` and, for the plot, `bench`.  Each run is a fresh server process with vLLM's own layout of processes; the contender
@@ -30,21 +30,11 @@ SIZES: dict[int, dict[str, Any]] = {  # by depth
     36: {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64},
 }
 VOCABULARY, DTYPE = 1024, "bfloat16"
-BATCHES = (1, 8, 32)
-TOKENS = 32
 # starts that follow one another in one cache of vLLM's; the first finds it empty
 SERIES = (
     ("eager none",), ("eager held",), ("eager default",), ("inductor cold", "inductor warm", "inductor held"),
     ("flagtree first", "flagtree second"),
 )  # fmt: skip
-CONTENDERS = {
-    "eager, custom_ops none": ("eager none",),
-    "eager, custom_ops none, held": ("eager held",),
-    "eager": ("eager default",),
-    "inductor": ("inductor cold", "inductor warm"),
-    "inductor, held": ("inductor held",),
-    "flagtree": ("flagtree first", "flagtree second"),
-}
 # as `flagtree serve` starts vLLM: its garbage collector waits while it imports, large blocks lie on huge pages
 LAUNCHED = ("eager held", "inductor held", "flagtree first", "flagtree second")
 PAGES = "GLIBC_TUNABLES"
@@ -59,8 +49,9 @@ ENGINE = {"max_model_len": 512, "max_num_seqs": 32, "max_num_batched_tokens": 51
 
 
 # -- in the child ----------------------------------------------------------------------------------------------------
-def tree_seconds(root: int) -> float:
-    """CPU seconds of a process, of its living descendants, and of those that have ended (proc_pid_stat(5), fields 4 and 14 to 17)."""
+def family(root: int) -> dict[int, int]:
+    """A process and its living descendants: CPU clock ticks of each and of its children that have ended (proc_pid_stat(5), fields 4 and 14
+    to 17), parents first."""
     parents, used = {}, {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
@@ -71,34 +62,29 @@ def tree_seconds(root: int) -> float:
             continue  # it ended meanwhile
         parents[int(entry.name)] = int(fields[1])
         used[int(entry.name)] = sum(map(int, fields[11:15]))
-    family = {root}
-    while more := {pid for pid, parent in parents.items() if parent in family} - family:
-        family |= more
-    return sum(used.get(pid, 0) for pid in family) / os.sysconf("SC_CLK_TCK")
+    found = {root: used.get(root, 0)}
+    while more := {pid: used[pid] for pid, parent in parents.items() if parent in found and pid not in found}:
+        found |= more
+    return found
+
+
+def tree_seconds(root: int) -> float:
+    """CPU seconds of a process and its descendants."""
+    return sum(family(root).values()) / os.sysconf("SC_CLK_TCK")
 
 
 def serve(model: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """One server: CPU seconds of its processes until the first answer, counts, and how fast it answers."""
+    """One server: CPU seconds of its processes until the first answer, and counts."""
     started = time.perf_counter()
     from vllm import LLM, SamplingParams
 
     llm = LLM(model=model, dtype=DTYPE, **{**ENGINE, **arguments})
     ready = time.perf_counter() - started
     first = {"temperature": 0.0, "max_tokens": 16, "ignore_eos": True}
-    answer = llm.generate([_prompt(0)], SamplingParams(**first), use_tqdm=False)[0].outputs[0]
+    answer = llm.generate([prompt(0)], SamplingParams(**first), use_tqdm=False)[0].outputs[0]
     record: dict[str, Any] = {"cpu": tree_seconds(os.getpid()), "ready": ready, "ids": list(answer.token_ids)}
-    llm.generate([_prompt(0)], SamplingParams(**first, logprobs=1), use_tqdm=False)  # vLLM compiles a helper of its own for it
+    llm.generate([prompt(0)], SamplingParams(**first, logprobs=1), use_tqdm=False)  # vLLM compiles a helper of its own for it
     record["cpu logprobs"] = tree_seconds(os.getpid())
-    plain = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
-    for batch in BATCHES:
-        prompts = [_prompt(k) for k in range(batch)]
-        llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True), use_tqdm=False)
-        times = []
-        for _ in range(2):
-            wall, cpu = time.perf_counter(), _worker_seconds(llm)
-            llm.generate(prompts, plain, use_tqdm=False)
-            times.append((time.perf_counter() - wall, _worker_seconds(llm) - cpu))
-        record[f"wall {batch}"], record[f"worker {batch}"] = (min(t) / TOKENS for t in zip(*times))
     (report,) = llm.collective_rpc("flagtree_report")
     record["dynamo graphs"] = report["dynamo"].get("stats", {}).get("unique_graphs", 0)
     record["inductor kernels"] = report["inductor_kernels"]
@@ -106,11 +92,7 @@ def serve(model: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     return record
 
 
-def _worker_seconds(llm: Any) -> float:
-    return float(llm.collective_rpc("flagtree_report")[0]["cpu_seconds"])
-
-
-def _prompt(number: int) -> dict[str, list[int]]:
+def prompt(number: int) -> dict[str, list[int]]:
     return {"prompt_token_ids": [(7 * number + 13 * k) % 500 + 2 for k in range(16)]}
 
 
@@ -147,8 +129,8 @@ def prepare(state: Path, layers: int) -> dict[str, Any]:
             "inductor held": {}, "flagtree first": flagtree, "flagtree second": flagtree}  # fmt: skip
 
 
-def environment(state: Path, cache: Path) -> dict[str, str]:
-    """Of one start.  Compilers are counted where Inductor and flagtree look for them; what vLLM knows of its model classes is there
+def environment(state: Path, cache: Path, start: str = "") -> dict[str, str]:
+    """Of a start.  Compilers are counted where Inductor and flagtree look for them; what vLLM knows of its model classes is there
     for everybody, since finding it out costs 8 CPU s once a machine."""
     counting = state / "cxx"
     if not counting.exists():
@@ -158,16 +140,19 @@ def environment(state: Path, cache: Path) -> dict[str, str]:
     cache.mkdir(parents=True, exist_ok=True)
     if not (cache / "modelinfos").exists():
         (cache / "modelinfos").symlink_to(state / "modelinfos")
+    from flagtree.cli.serve import ENVIRONMENT
+
+    own = {HELD: "1", PAGES: ENVIRONMENT[PAGES]} if start in LAUNCHED else {}
+    own |= ENVIRONMENT if "flagtree" in start else {}
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("FLAGTREE_", "TORCHINDUCTOR_", "VLLM_", PAGES))}
     return {**clean, "VLLM_CACHE_ROOT": str(cache), "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"), "CXX": str(counting),
             "FLAGTREE_CACHE_DIR": str(state / "store"), "FLAGTREE_CXX": str(counting), "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_DO_NOT_TRACK": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING", "PYTHONPATH": str(ROOT)}  # fmt: skip
+            "VLLM_DO_NOT_TRACK": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING", "PYTHONPATH": str(ROOT),
+            **own}  # fmt: skip
 
 
 def run(state: Path, name: str, arguments: Mapping[str, Any], cache: Path) -> dict[str, Any]:
     """One start; CalledProcessError when it fails."""
-    from flagtree.cli.serve import ENVIRONMENT
-
     log = state / "cxx.log"
     before = len(log.read_text().splitlines()) if log.exists() else 0
     job, out = state / "job.json", state / "run.json"
@@ -175,11 +160,14 @@ def run(state: Path, name: str, arguments: Mapping[str, Any], cache: Path) -> di
     load = os.getloadavg()[0]
     with (state / f"{name.replace(' ', '_')}.log").open("w") as told:
         command = [sys.executable, __file__, "--child", str(job), str(out)]
-        held = {HELD: "1", PAGES: ENVIRONMENT[PAGES]} if name in LAUNCHED else {}
-        started = environment(state, cache) | held | (ENVIRONMENT if "flagtree" in name else {})
-        subprocess.run(command, env=started, stdout=told, stderr=told, check=True)
+        subprocess.run(command, env=environment(state, cache, name), stdout=told, stderr=told, check=True)
     after = len(log.read_text().splitlines()) if log.exists() else 0
     return {"start": name, "compilers": after - before, "load": load, **json.loads(out.read_text())}
+
+
+def cache_of(state: Path, starts: Sequence[str]) -> Path:
+    """vLLM's cache of a series of starts."""
+    return state / "caches" / starts[0].replace(" ", "_")
 
 
 def campaign(state: Path, layers: int, repeats: int) -> None:
@@ -195,7 +183,7 @@ def campaign(state: Path, layers: int, repeats: int) -> None:
         for starts in (*SERIES[turn:], *SERIES[:turn]):
             if all(sum(r["start"] == s for r in known) > k for s in starts):
                 continue
-            cache = state / "caches" / starts[0].replace(" ", "_")
+            cache = cache_of(state, starts)
             shutil.rmtree(cache, ignore_errors=True)
             found = [run(state, start, asked[start], cache) for start in starts]
             known += found
@@ -243,36 +231,6 @@ def starts_table(found: Sequence[Mapping[str, Any]]) -> str:
     return rows(header, lines)
 
 
-def speed_table(found: Sequence[Mapping[str, Any]], clock: str) -> str:
-    """Tokens a second, a line a contender, both starts of one together."""
-    speeds = {name: [_speed(found, starts, batch, clock) for batch in BATCHES] for name, starts in CONTENDERS.items()}
-    lines = []
-    for name, values in speeds.items():
-        cells = []
-        for k, value in enumerate(values):
-            base = speeds["eager, custom_ops none"][k]
-            cells.append("not measured" if value is None else f"{value:.0f} ({value / base:.2f})" if base else f"{value:.0f}")
-        lines.append([name, *cells])
-    return rows(["", *(f"batch {b}" for b in BATCHES)], lines)
-
-
-def _speed(found: Sequence[Mapping[str, Any]], starts: Sequence[str], batch: int, clock: str) -> float | None:
-    times = [float(r[f"{clock} {batch}"]) for r in found if r["start"] in starts]
-    return batch / statistics.median(times) if times else None
-
-
-def spread(found: Sequence[Mapping[str, Any]], clock: str) -> str:
-    """How far single runs of one contender lie apart: what a ratio of two medians is worth."""
-    lines = []
-    for batch in BATCHES:
-        ratios = []
-        for starts in CONTENDERS.values():
-            times = [float(r[f"{clock} {batch}"]) for r in found if r["start"] in starts]
-            ratios += [statistics.median(times) / t for t in times]
-        lines.append(f"{min(ratios):.2f} to {max(ratios):.2f} at batch {batch}" if ratios else f"nothing at batch {batch}")
-    return f"Single runs lie at {', '.join(lines)} of their contender's median."
-
-
 def same_ids(found: Sequence[Mapping[str, Any]]) -> str:
     """Which starts gave the first answer of eager with `custom_ops` none."""
     want = next((r["ids"] for r in found if r["start"] == "eager none"), None)
@@ -282,6 +240,9 @@ def same_ids(found: Sequence[Mapping[str, Any]]) -> str:
 
 def page(states: Sequence[Path]) -> tuple[str, dict[str, Any], list[Panel]]:
     """The page in Markdown, its numbers, and the panels of its plot."""
+    import serve_split
+    import serve_tokens
+
     told, data, panels = ["# Starts of vLLM and tokens a second"], {}, []
     for state in states:
         found = read(state)
@@ -299,25 +260,22 @@ def page(states: Sequence[Path]) -> tuple[str, dict[str, Any], list[Panel]]:
             "`eager none` and `inductor warm` started so.",
             starts_table(found),
             same_ids(found),
-            f"Tokens a second of wall time, {TOKENS} tokens a request; in brackets by `eager, custom_ops none`.",
-            speed_table(found, "wall"),
-            "The same by CPU seconds of the worker, which other work on the machine disturbs less.",
-            speed_table(found, "worker"),
-            spread(found, "worker"),
+            *serve_tokens.told(state),
+            *serve_split.told(state),
         ]
-        data[str(layers)] = found
+        data[str(layers)] = {"starts": found, "tokens": serve_tokens.read(state), "split": serve_split.read(state)}
         labels = [s for s in STARTS if medians(found, s, "cpu")]
         none = [0.0] * len(labels)
         cpu = [_middle(found, s, "cpu") for s in labels]
         panels.append(Panel(f"{layers} layers: CPU s of a start", labels, {"all processes": cpu}, none))
-        speeds = {name: [_speed(found, starts, b, "worker") for b in BATCHES] for name, starts in CONTENDERS.items()}
-        panels.append(Panel(f"{layers} layers: tokens a worker's CPU s", [f"batch {b}" for b in BATCHES], speeds, [0.0] * len(BATCHES)))
+        panels += serve_tokens.panel(state, layers)
     return "\n\n".join([*told, "Made by `python benchmarks/serve.py`.\n"]), data, panels
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--sets", type=int, default=4, help="of servers side by side")
     parser.add_argument("--layers", type=int, nargs="+", default=sorted(SIZES), choices=sorted(SIZES))
     parser.add_argument("--state", type=Path, default=Path("serve_state"), help="where checkpoints, bundles, caches and results lie")
     parser.add_argument("--out", type=Path)
@@ -327,11 +285,16 @@ def main() -> None:
         job = json.loads(Path(options.child[0]).read_text())
         Path(options.child[1]).write_text(json.dumps(serve(**job)))
         return
+    import serve_split  # it imports this module
+    import serve_tokens
+
     if options.out:
         import matplotlib  # noqa: F401  # said now, not after an hour
     states = {layers: options.state.absolute() / str(layers) for layers in options.layers}
     for layers, state in states.items() if options.repeats else ():
         campaign(state, layers, options.repeats)
+        serve_tokens.campaign(state, prepare(state, layers), options.sets)
+        serve_split.campaign(state, prepare(state, layers), options.sets)
     text, data, panels = page([state for state in states.values() if read(state)])
     print(text)
     if options.out:
