@@ -144,7 +144,7 @@ def main() -> None:
         told = (
             "`python benchmarks/attention.py`: CPU microseconds a call, one thread, medians; columns of one row were measured in turn.  "
             "`sdpa` is the eager definition of our operators (SDPA without copies, a call a sequence), `masked` one SDPA under a boolean "
-            "mask.  In bf16 the pass leaves calls of SDPA itself to it (encoders, causal, masked), and takes ours of the others."
+            "mask."
         )
         text = "\n\n".join(["# Attention on the CPU", f"{measure.conditions()}\n* {levels()[0]}", told, "\n".join(lines)])
         arguments.out.write_text(f"{text}\n", encoding="utf-8")

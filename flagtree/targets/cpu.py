@@ -45,8 +45,7 @@ TARGETS = (
         row_limit=1 << 30,  # rows are walked in sweeps, never held in one tile
         attention={
             **dict.fromkeys(("one token", "one token, many heads", "a window"), frozenset({"bf16", "f32"})),
-            **dict.fromkeys(("some keys", "packed sequences"), frozenset({"bf16", "f32"})),
-            **dict.fromkeys(("SDPA", "SDPA under a mask"), frozenset({"f32"})),
+            **dict.fromkeys(("some keys", "packed sequences", "SDPA", "SDPA under a mask"), frozenset({"bf16", "f32"})),
         },
         lookups=True,
         gemm_rows={

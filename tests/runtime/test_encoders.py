@@ -40,19 +40,22 @@ def operands(batch: int, tokens: int, keys: int, width: int, dtype: torch.dtype 
 
 @pytest.mark.parametrize("sizes", [(2, 70, 70, 8), (1, 1, 1, 64), (3, 5, 130, 24), (2, 0, 4, 16), (2, 3, 0, 16), (0, 3, 3, 16)], ids=str)
 @pytest.mark.parametrize("causal", [False, True])
-def test_sdpa_is_a_kernel(sizes: tuple[int, ...], causal: bool) -> None:
-    args = operands(*sizes)
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
+def test_sdpa_is_a_kernel(sizes: tuple[int, int, int, int], causal: bool, kind: torch.dtype) -> None:
+    args = operands(*sizes, kind)
     check(lambda *a: attend(*a, is_causal=causal), *args)
     assert not steps_of(lambda *a: attend(*a, is_causal=causal), *args)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_sdpa_under_masks(dynamic: bool) -> None:
-    args, allowed = operands(2, 9, 67, 16), torch.rand(2, 1, 9, 67) < 0.7
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
+def test_sdpa_under_masks(dynamic: bool, kind: torch.dtype) -> None:
+    args, allowed = operands(2, 9, 67, 16, kind), torch.rand(2, 1, 9, 67) < 0.7
     allowed[1, 0, 4] = False  # a row that sees nothing
-    for mask in (allowed, allowed[:1], allowed[:, :, :1].expand(-1, 4, 9, -1), torch.randn(4, 9, 67), torch.randn(1, 1, 1, 67)):
+    added, row = torch.randn(4, 9, 67, dtype=kind), torch.randn(1, 1, 1, 67, dtype=kind)
+    for mask in (allowed, allowed[:1], allowed[:, :, :1].expand(-1, 4, 9, -1), added, row):
         check(attend, *args, mask, dynamic=dynamic)
-    for mask in (allowed, allowed[:, :, :1].expand(-1, 4, 9, -1), torch.randn(1, 1, 1, 67)):
+    for mask in (allowed, allowed[:, :, :1].expand(-1, 4, 9, -1), row):
         assert not steps_of(attend, *args, mask)
 
 
@@ -69,7 +72,7 @@ def test_sdpa_of_several_calls_and_sizes() -> None:
 
 
 def test_what_is_left_to_sdpa() -> None:
-    assert steps_of(attend, *operands(2, 9, 9, 16, torch.bfloat16)) == ["aten.scaled_dot_product_attention.default"]
+    assert steps_of(attend, *operands(2, 9, 9, 16, torch.float16)) == ["aten.scaled_dot_product_attention.default"]
     q = torch.randn(2, 4, 9, 16)
     assert steps_of(lambda q: F.scaled_dot_product_attention(q, q, q, dropout_p=0.5), q) == ["aten.scaled_dot_product_attention.default"]
 

@@ -3,6 +3,25 @@
 // after the other (many rows: KEYS_ALONG_LANES); an element of a result adds its keys one after the other: the same at every level.
 //@ KEYS
 enum { KEYS = 64 };  // of a block
+//@ seen_by_some
+// the keys from..to-1 that hold what any row sees
+INLINE void seen_by_some(const i64 *seen_from, const i64 *seen_to, i64 rows, i64 *from, i64 *to) {
+  *from = *to = 0;
+  for (i64 r = 0; r < rows; ++r) {
+    if (seen_from[r] >= seen_to[r]) continue;
+    *from = *from < *to && *from < seen_from[r] ? *from : seen_from[r];
+    *to = *to > seen_to[r] ? *to : seen_to[r];
+  }
+}
+//@ seen_in_block
+// does a row see any of KEYS keys from `start` on: the first..last-1 of them
+INLINE bool seen_in_block(i64 seen_from, i64 seen_to, i64 start, i64 *first, i64 *last) {
+  *first = seen_from > start ? seen_from - start : 0;
+  *last = seen_to - start < KEYS ? seen_to - start : KEYS;
+  if (*first < *last) return true;
+  *first = *last = 0;
+  return false;
+}
 //@ transpose
 // lanes without bit h of a, in the others those of b that are h lanes before; and lanes with bit h of b, in the others those of a h behind
 #if defined(__clang__)
@@ -172,25 +191,18 @@ static __attribute__((noinline)) void attend_rows(const ELEMENT *const *q, const
   for (i64 r = 0; r < rows; ++r)
     for (i64 d = 0; d < DEPTH; d += W) store(queries[r] + d, load(q[r] + d, DEPTH - d), W);
 #endif
-  i64 from = 0, to = 0;
-  for (i64 r = 0; r < rows; ++r) {
-    highest[r] = -__builtin_inff();
-    if (seen_from[r] >= seen_to[r]) continue;
-    from = from < to && from < seen_from[r] ? from : seen_from[r];
-    to = to > seen_to[r] ? to : seen_to[r];
-  }
+  i64 from, to;
+  seen_by_some(seen_from, seen_to, rows, &from, &to);
+  for (i64 r = 0; r < rows; ++r) highest[r] = -__builtin_inff();
   for (i64 start = from; start < to; start += KEYS) {
 #if KEYS_ALONG_LANES
     turn_keys(k + start * k_stride, k_stride, to - start < KEYS ? to - start : KEYS, turned);
 #endif
     for (i64 r = 0; r < rows; r += ROW_TILE) {
       i64 low = KEYS, high = 0, first[ROW_TILE], last[ROW_TILE];
-      for (int i = 0; i < ROW_TILE; ++i) {
-        first[i] = seen_from[r + i] > start ? seen_from[r + i] - start : 0;
-        last[i] = seen_to[r + i] - start < KEYS ? seen_to[r + i] - start : KEYS;
-        if (first[i] >= last[i]) first[i] = last[i] = 0;
-        else low = low < first[i] ? low : first[i], high = high > last[i] ? high : last[i];
-      }
+      for (int i = 0; i < ROW_TILE; ++i)
+        if (seen_in_block(seen_from[r + i], seen_to[r + i], start, first + i, last + i))
+          low = low < first[i] ? low : first[i], high = high > last[i] ? high : last[i];
       if (low >= high) continue;
 #if KEYS_ALONG_LANES
       score_keys(queries + r, turned, high, weights);

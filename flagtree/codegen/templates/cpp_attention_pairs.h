@@ -81,28 +81,22 @@ static __attribute__((noinline)) void attend_pairs(const u16 *const *q, const u1
   alignas(64) i32 queries[ROWS][WORDS], keys[WORDS][KEYS], values[KEYS / 2][COLUMNS], weights[SOME][KEYS / 2];
   alignas(64) f32 sums[ROWS][COLUMNS], scores[SOME][KEYS];
   f32 highest[ROWS], total[ROWS] = {};
-  i64 from = 0, to = 0, first[ROWS], last[ROWS];
+  i64 from, to, first[ROWS], last[ROWS];
   for (i64 d = DEPTH / 2; d < WORDS; ++d)
     for (i64 j = 0; j < KEYS; ++j) keys[d][j] = 0;
   for (i64 r = 0; r < rows; ++r) {
     for (i64 d = 0; d < WORDS; d += W) store(queries[r] + d, (i32v)load_pair(q[r] + 2 * d, DEPTH - 2 * d), W);
     for (i64 e = 0; e < COLUMNS; e += W) store(sums[r] + e, f32v{}, W);
     highest[r] = -__builtin_inff();
-    if (seen_from[r] >= seen_to[r]) continue;
-    from = from < to && from < seen_from[r] ? from : seen_from[r];
-    to = to > seen_to[r] ? to : seen_to[r];
   }
+  seen_by_some(seen_from, seen_to, rows, &from, &to);
   tile_use use;
   begin_tiles(&use);
   for (i64 start = from; start < to; start += KEYS) {
     const i64 count = to - start < KEYS ? to - start : KEYS;
     i64 begin = rows, end = 0;
-    for (i64 r = 0; r < rows; ++r) {
-      first[r] = seen_from[r] > start ? seen_from[r] - start : 0;
-      last[r] = seen_to[r] - start < KEYS ? seen_to[r] - start : KEYS;
-      if (first[r] >= last[r]) first[r] = last[r] = 0;
-      else begin = begin < r ? begin : r, end = r + 1;
-    }
+    for (i64 r = 0; r < rows; ++r)
+      if (seen_in_block(seen_from[r], seen_to[r], start, first + r, last + r)) begin = begin < r ? begin : r, end = r + 1;
     if (begin >= end) continue;
     begin = begin / TILE * TILE, end = (end + TILE - 1) / TILE * TILE;
     turn_pairs(k + start * k_stride, k_stride, count, keys);
