@@ -143,7 +143,7 @@ def plot(path: Path, title: str, unit: str, panels: Sequence[Panel], limit: str 
 
     panels = [panel for panel in panels if panel.labels]  # of a partial run
     height = -(-len(panels) // columns)
-    figure, axes = pyplot.subplots(height, columns, figsize=(4.6 * columns, 2.6 * height + 0.8), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(height, columns, figsize=(4.6 * columns, 2.6 * height + 1), squeeze=False, layout="constrained")
     for panel, axis in zip(panels, axes.flat, strict=False):
         width = 0.8 / len(panel.series)
         for k, (name, values) in enumerate(panel.series.items()):
@@ -160,7 +160,8 @@ def plot(path: Path, title: str, unit: str, panels: Sequence[Panel], limit: str 
     for line in axes:
         line[0].set_ylabel(unit, fontsize=8)
     legend = {name: handle for axis in axes.flat for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(list(legend.values()), list(legend), loc="outside lower center", ncols=len(legend), frameon=False, fontsize=9)
+    wide = min(len(legend), 2 * columns)
+    figure.legend(list(legend.values()), list(legend), loc="outside lower center", ncols=wide, frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=12)
     figure.savefig(path, dpi=80)
     pyplot.close(figure)
