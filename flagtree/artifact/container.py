@@ -222,11 +222,11 @@ def _write_folder(folder: Path, content: Mapping[str, bytes]) -> None:
 
 
 def _move_in(whole: Path, path: Path, replaced: Path) -> None:
-    if not path.exists():
-        os.rename(whole, path)
-    elif not any(path.iterdir()):
-        os.rename(whole, path)  # rename replaces an empty folder
-    else:
+    try:
+        os.rename(whole, path)  # to a free name, or over an empty folder
+    except OSError as e:
+        if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
         exchange(whole, path)
         os.rename(whole, replaced)
 
@@ -254,12 +254,15 @@ def _temporary(path: Path) -> Iterator[Path]:
     while True:
         folder = path.parent / f".{path.name[:80]}.{secrets.token_hex(6)}.building"
         folder.mkdir(mode=0o755)
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue  # another writer swept it before it was open
         with contextlib.suppress(OSError):  # no locks on this file system: then leftovers stay
             fcntl.flock(handle, fcntl.LOCK_EX)
         if folder.exists():
             break
-        os.close(handle)  # another writer swept it between mkdir and lock
+        os.close(handle)  # another writer swept it before it was locked
     try:
         yield folder
     finally:

@@ -14,6 +14,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -346,6 +347,7 @@ def test_exchange_swaps_two_folders(tmp_path: Path) -> None:
 WRITER = """
 import sys, time
 from pathlib import Path
+from typing import Any
 from flagtree.artifact import files
 from flagtree.artifact.bundle import write_bundle
 path, stop = Path(sys.argv[1]), sys.argv[2]
@@ -391,6 +393,27 @@ def test_a_killed_writer_keeps_the_old_bundle_and_the_next_cleans_up(write: Writ
 def test_two_writers_of_one_path(repository: Path, tmp_path: Path) -> None:
     writers = [start(repository, tmp_path / "toy", 0) for _ in range(2)]
     assert [w.wait(60) for w in writers] == [0, 0]
+    open_bundle(tmp_path / "toy").verify()
+    assert os.listdir(tmp_path) == ["toy"]
+
+
+@pytest.mark.parametrize("when", ["before it is open", "before it is locked"])
+def test_a_swept_folder_is_made_again(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """Between mkdir and lock nothing tells another writer that ours is alive."""
+    opened, swept = os.open, []
+
+    def opening(path: Any, *args: Any, **options: Any) -> int:
+        first = str(path).endswith(".building") and not swept
+        if first and when == "before it is open":
+            swept.append(os.rmdir(path))
+        handle = opened(path, *args, **options)
+        if first and when == "before it is locked":
+            swept.append(os.rmdir(path))
+        return handle
+
+    monkeypatch.setattr(os, "open", opening)
+    write(tmp_path / "toy")
+    assert swept
     open_bundle(tmp_path / "toy").verify()
     assert os.listdir(tmp_path) == ["toy"]
 
