@@ -23,19 +23,21 @@ TORCH = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
 @dataclass(frozen=True)
 class Case:
-    """`heads` (query, key) of `widths` (key, value) elements; `tokens`: fixed number of tokens, None for a size of the call."""
+    """`heads` (query, key) of `widths` (key, value) elements; `tokens`: fixed number of tokens, None for a size of the call, which `step`
+    divides."""
 
     form: Form
     dtype: str = "bf16"
     heads: tuple[int, int] = (8, 2)
     widths: tuple[int, int] = (64, 64)
     tokens: int | None = None
+    step: int = 1
 
     def program(self) -> Program:
         """One step: the kernel, with the tiles of a GPU."""
         heads, key_heads, (depth, width) = *(Index.of(n) for n in self.heads), (Index.of(n) for n in self.widths)
         batch, tokens, context, edges = (Index.of(n) for n in ("batch", "tokens", "context", "edges"))
-        tokens = tokens if self.tokens is None else Index.of(self.tokens)
+        tokens = tokens * self.step if self.tokens is None else Index.of(self.tokens)
         if self.form.kind == PACKED:
             shapes = (tokens, heads, depth), (tokens, key_heads, depth), (tokens, key_heads, width), (edges,), (tokens, heads, width)
             strides = None

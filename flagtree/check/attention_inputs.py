@@ -32,7 +32,9 @@ def setting(program: Program, form: Form, wanted: Mapping[str, int]) -> dict[str
         roles = {"batch": q.shape[0], "tokens": q.shape[2], "keys": k.shape[2]}
     out = {}
     for symbol in program.symbols:
-        value = max((wanted[role] for role, size in roles.items() if size == Index.of(symbol.name)), default=1)
+        # a size may be a multiple of its symbol: four patches that merge are one step of it
+        each = {role: size.evaluate({symbol.name: 1}) for role, size in roles.items() if size.names() == {symbol.name}}
+        value = max((-(-wanted[role] // max(1, step)) for role, step in each.items()), default=1)
         fitting = max(1, symbol.lo, value)
         out[symbol.name] = min(-(-fitting // symbol.multiple), symbol.hi // symbol.multiple) * symbol.multiple
     return with_keys(program, form, out)

@@ -236,6 +236,8 @@ class _Alone:
         tokens = max(self.seen, self.at + 1) if together else 1
         wanted = {"batch": 1, "tokens": tokens, "keys": tokens if together else max(1, self.seen), "edges": 2}
         self.sizes = attention_inputs.setting(of.program, form, wanted)
+        if q.shape[axis].evaluate(self.sizes) < tokens:
+            raise Unlike("its row alone does not fit the sizes of a smaller call")
         held = [math.prod(n.evaluate(self.sizes) for n in b.shape) for b in of.program.buffers]
         if max(held) > EAGER_LARGEST or tokens * wanted["keys"] * q.shape[1].evaluate(self.sizes) > EAGER_LARGEST:
             raise Unlike("as many rows as keys: more than a few of them would have to be computed")

@@ -38,6 +38,7 @@ FORMS = {
     "some keys": Case(Form(FULL, 0.3, limited=True), "f32", heads=(2, 2), widths=(16, 32)),
     "causal": Case(Form(FULL, 0.3, causal=True), heads=(2, 1), widths=(16, 16)),
     "packed": Case(Form(PACKED, 0.3, causal=True), "f32", heads=(2, 1), widths=(32, 16)),
+    "packed in fours": Case(Form(PACKED, 0.3), heads=(2, 2), widths=(16, 16), step=4),
     "masked": Case(Form(FULL, 0.3, mask="seen"), "f32", heads=(2, 1), widths=(16, 16)),
     "added mask": Case(Form(FULL, 0.3, mask="added"), "f32", heads=(2, 1), widths=(16, 16)),
 }
@@ -84,7 +85,7 @@ def test_nothing_is_stated_beside_infinity_and_rows_without_keys_are_zero() -> N
 
 # -- on this CPU -----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", [
-    "one token", "masked", *(pytest.param(n, marks=pytest.mark.full) for n in ("window", "some keys", "packed"))
+    "one token", "masked", "packed in fours", *(pytest.param(n, marks=pytest.mark.full) for n in ("window", "some keys", "packed"))
 ])
 def test_the_long_form_on_the_cpu(name: str) -> None:
     """Every kind of input within the stated error, and the upper end of each symbol where a core computes it in a second."""
