@@ -175,7 +175,7 @@ def campaign(state: Path, layers: int, repeats: int) -> None:
     state.mkdir(parents=True, exist_ok=True)
     asked = prepare(state, layers)
     place = state / "runs.jsonl"
-    known = read(state)
+    known = read(place)
     if not (state / "conditions.md").exists():
         (state / "conditions.md").write_text(conditions())
     for k in range(repeats):
@@ -192,9 +192,8 @@ def campaign(state: Path, layers: int, repeats: int) -> None:
             print(f"round {k + 1}: " + "; ".join(f"{r['start']} {r['cpu']:.1f} CPU s" for r in found), flush=True)
 
 
-def read(state: Path) -> list[dict[str, Any]]:
-    """What was measured."""
-    place = state / "runs.jsonl"
+def read(place: Path) -> list[dict[str, Any]]:
+    """What was measured, a record a line."""
     return [json.loads(line) for line in place.read_text().splitlines()] if place.exists() else []
 
 
@@ -245,7 +244,7 @@ def page(states: Sequence[Path]) -> tuple[str, dict[str, Any], list[Panel]]:
 
     told, data, panels = ["# Starts of vLLM and tokens a second"], {}, []
     for state in states:
-        found = read(state)
+        found = read(state / "runs.jsonl")
         layers = found[0]["layers"]
         sizes = ", ".join(f"{k} {v}" for k, v in SIZES[layers].items())
         load = statistics.median(float(r["load"]) for r in found)
@@ -263,7 +262,7 @@ def page(states: Sequence[Path]) -> tuple[str, dict[str, Any], list[Panel]]:
             *serve_tokens.told(state),
             *serve_split.told(state),
         ]
-        data[str(layers)] = {"starts": found, "tokens": serve_tokens.read(state), "split": serve_split.read(state)}
+        data[str(layers)] = {"starts": found, "tokens": read(state / serve_tokens.FILE), "split": read(state / serve_split.FILE)}
         labels = [s for s in STARTS if medians(found, s, "cpu")]
         none = [0.0] * len(labels)
         cpu = [_middle(found, s, "cpu") for s in labels]
@@ -295,7 +294,7 @@ def main() -> None:
         campaign(state, layers, options.repeats)
         serve_tokens.campaign(state, prepare(state, layers), options.sets)
         serve_split.campaign(state, prepare(state, layers), options.sets)
-    text, data, panels = page([state for state in states.values() if read(state)])
+    text, data, panels = page([state for state in states.values() if read(state / "runs.jsonl")])
     print(text)
     if options.out:
         write(options.out, text, data)

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from measure import rows
-from serve import DTYPE, ENGINE, PAGES, cache_of, environment, prompt
+from serve import DTYPE, ENGINE, PAGES, cache_of, environment, prompt, read
+from serve_tokens import BATCHES, TOKENS
 
-BATCHES = (1, 8, 32)
-TOKENS = 64
+FILE = "split.jsonl"  # in the state
 CONTENDERS = {"inductor": ("inductor held", "inductor cold"), "flagtree": ("flagtree second", "flagtree first")}
 # self time of events whose name holds this text
 PARTS = {"products": ("onednn_mm",), "attention and its cache": ("attention", "kv_cache", "reshape_and_cache"),
@@ -65,8 +65,8 @@ def split(model: str, arguments: Mapping[str, Any]) -> dict[str, dict[str, float
 # -- in the parent ---------------------------------------------------------------------------------------------------
 def campaign(state: Path, asked: Mapping[str, Any], starts: int) -> None:
     """So many starts of each contender, alternating; those that stand in the state already are left out."""
-    place = state / "split.jsonl"
-    for number in range(len(read(state)) // len(CONTENDERS), starts):
+    place = state / FILE
+    for number in range(len(read(place)) // len(CONTENDERS), starts):
         for name, (start, first) in CONTENDERS.items():
             job, out = state / "split.job.json", state / "split.json"
             job.write_text(json.dumps({"model": str(state / "model"), "arguments": {"skip_tokenizer_init": True, **asked[start]}}))
@@ -80,15 +80,9 @@ def campaign(state: Path, asked: Mapping[str, Any], starts: int) -> None:
             print(f"start {number + 1} of {starts}: {name} {record['parts']}", flush=True)
 
 
-def read(state: Path) -> list[dict[str, Any]]:
-    """What was measured."""
-    place = state / "split.jsonl"
-    return [json.loads(line) for line in place.read_text().splitlines()] if place.exists() else []
-
-
 def told(state: Path) -> list[str]:
     """Paragraphs of the page; none where nothing was measured."""
-    found = read(state)
+    found = read(state / FILE)
     return [] if not found else [
         f"Where the time of a decoding step goes: milliseconds, {len(found) // len(CONTENDERS)} starts of each, alternating, medians, in "
         f"brackets the range; both on huge pages (`{PAGES}`), the engine in one process, one thread, under torch's profiler (`step`: "

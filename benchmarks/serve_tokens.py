@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from measure import Panel, rows
-from serve import DTYPE, ENGINE, cache_of, environment, family, prompt
+from serve import DTYPE, ENGINE, cache_of, environment, family, prompt, read
 
+FILE = "tokens.jsonl"  # in the state
 BATCHES = (1, 8, 32)
 TOKENS = 64
 ROUNDS = 9
@@ -115,8 +116,8 @@ def _up(state: Path, asked: Mapping[str, Any]) -> Iterator[dict[str, Server]]:
 
 def campaign(state: Path, asked: Mapping[str, Any], sets: int) -> None:
     """So many sets of servers; those that stand in the state already are left out.  Caches must be there (serve.campaign)."""
-    place = state / "tokens.jsonl"
-    done = max((r["set"] for r in read(state)), default=-1) + 1
+    place = state / FILE
+    done = max((r["set"] for r in read(place)), default=-1) + 1
     for number in range(done, sets):
         found = []
         with _up(state, asked) as servers:
@@ -130,12 +131,6 @@ def campaign(state: Path, asked: Mapping[str, Any], sets: int) -> None:
         with place.open("a") as file:
             file.writelines(json.dumps(record) + "\n" for record in found)
         print(f"set {number + 1} of {sets} servers, {ROUNDS} rounds\n{table(found, 'wall')}", flush=True)
-
-
-def read(state: Path) -> list[dict[str, Any]]:
-    """What was measured."""
-    place = state / "tokens.jsonl"
-    return [json.loads(line) for line in place.read_text().splitlines()] if place.exists() else []
 
 
 # -- tables ----------------------------------------------------------------------------------------------------------
@@ -171,7 +166,7 @@ def table(found: Sequence[Mapping[str, Any]], clock: str) -> str:
 
 def told(state: Path) -> list[str]:
     """Paragraphs of the page; none where nothing was measured."""
-    found = read(state)
+    found = read(state / FILE)
     if not found:
         return []
     sets, load = len({r["set"] for r in found}), statistics.median(float(r["load"]) for r in found)
@@ -188,7 +183,7 @@ def told(state: Path) -> list[str]:
 
 def panel(state: Path, layers: int) -> list[Panel]:
     """The plot's part."""
-    if not (found := read(state)):
+    if not (found := read(state / FILE)):
         return []
     speeds = {name: [speed(found, name, batch, "wall") for batch in BATCHES] for name in CONTENDERS}
     return [Panel(f"{layers} layers: tokens a second", [f"batch {b}" for b in BATCHES], speeds, [0.0] * len(BATCHES))]

@@ -38,7 +38,6 @@ from flagtree.ir.program import Buffer, Program
 
 Tensor = torch.Tensor
 _UNIT, _LEAST = 2.0**-24, 2.0**-126
-_ROWS = PAIR_ROWS  # the most of a block, whose keys are walked for all of them
 _LARGEST = 2.0**100  # magnitudes beyond which an f32 sum may overflow: nothing is stated
 
 
@@ -131,7 +130,7 @@ class _Part:
             mask = _masked(tensors[where[0].name], where[0], sequence, head, token)[:, self.low : self.high]
             self.seen = self.seen & mask if form.mask == "seen" else self.seen
             self.added = mask.double() if form.mask == "added" else self.added
-        walked = k.shape[0].evaluate(symbols) if form.kind == PACKED else self.high - self.low + _ROWS
+        walked = k.shape[0].evaluate(symbols) if form.kind == PACKED else self.high - self.low + PAIR_ROWS  # the most rows of a block
         self.tiles = -(-walked // tile_of(program)) + 2
         self.scale, self.dtype = form.scale, q.dtype
         self.pairs = in_pairs(program, form)
