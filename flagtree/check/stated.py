@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from flagtree.check.accuracy import ulp_of
-from flagtree.codegen import cpp_gemm, cpp_math, triton_math
+from flagtree.codegen import cpp_gemm, cpp_math, cpp_order, triton_math
 from flagtree.codegen.cpp_layout import PARTIALS
-from flagtree.codegen.cpp_sweeps import BLOCK, ROW_BLOCK
+from flagtree.codegen.cpp_states import ROW_BLOCK
+from flagtree.codegen.cpp_sweeps import BLOCK
 from flagtree.codegen.triton_math import Error
 from flagtree.ir.dtypes import DTYPES
 from flagtree.ir.program import Kernel
@@ -50,9 +51,10 @@ class Stated:
     def height(self, extents: Mapping[str, int]) -> int:
         """The most additions that one term of a sum over these reduced axes (name to extent) goes through.
 
-        CPU: PARTIALS running sums joined in a tree every ROW_BLOCK elements of a row, or, for a column, a running sum of BLOCK rows;
-        whichever is longer; for a matrix product its own running sums, joined once.  GPU: a running sum in each thread, a tree over the
-        tile, a running sum over the tiles; for a matrix product one running sum, which no order of matrix instructions exceeds.
+        CPU: PARTIALS running sums joined in a tree every ROW_BLOCK elements of a row, or in eager's order (cpp_order), or, for a column, a
+        running sum of BLOCK rows; whichever is longest; for a matrix product its own running sums, joined once.  GPU: a running sum in
+        each thread, a tree over the tile, a running sum over the tiles; for a matrix product one running sum, which no order of matrix
+        instructions exceeds.
         """
         count = math.prod(extents.values())
         if self.contracted:
@@ -62,7 +64,7 @@ class Stated:
         if not self.threads:
             row = -(-min(count, ROW_BLOCK) // min(PARTIALS)) + math.ceil(math.log2(max(PARTIALS))) + -(-count // ROW_BLOCK)
             column = min(count, BLOCK) + -(-count // BLOCK)
-            return max(1, min(count, max(row, column)))
+            return max(1, min(count, max(row, column, cpp_order.height(count))))
         tile = math.prod(self.tiles.get(name, 1) for name in extents)
         held = math.prod(self.tiles.values())
         in_thread = max(16, -(-held // self.threads))  # a thread holds at least one vector access of 16 bytes

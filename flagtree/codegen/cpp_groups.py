@@ -13,7 +13,8 @@ from flagtree.codegen import cpp_ops as ops
 from flagtree.codegen.cpp_index import index_text
 from flagtree.codegen.cpp_keep import STACK_BYTES, STORED_WORTH, WORTH, can_be_read_back, cost
 from flagtree.codegen.cpp_layout import Layout, arranged
-from flagtree.codegen.cpp_sweeps import RowWriter, block
+from flagtree.codegen.cpp_states import block
+from flagtree.codegen.cpp_sweeps import RowWriter
 from flagtree.errors import CodegenError
 from flagtree.ir.dtypes import DTYPES
 from flagtree.ir.flat import operands, part

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from flagtree.codegen import cpp_order
 from flagtree.errors import CodegenError
 from flagtree.ir.dtypes import DTYPES
 from flagtree.ir.flat import FlatKernel, operands
@@ -18,7 +19,8 @@ from flagtree.ir.program import Axis, BodyOp, Compute, IndexValue, Load, Reduce,
 LARGE = 16 << 20  # bytes of one output of a kernel that no core keeps for whoever reads it next,
 MOVED = 48 << 20  # where the kernel reads and writes so many in all: less may stay in a cache that cores share
 WIDE_OPS = frozenset(("sin", "cos"))  # computed in f64 also for f32
-PARTIALS = (64, 32)  # partial states of a reduction over lanes: the second in a kernel of short rows that are no multiple of the first
+PARTIALS = (64, 32)  # partial states of a reduction over lanes: the second in a kernel of short rows that are no multiple of the first,
+# and in one with sums whose order is eager's (cpp_order)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +151,7 @@ def arranged(kernel: FlatKernel, among: Collection[str]) -> Layout:
         lane_axis = kernel.axis(next(iter(scans)))
         lane, loops = lane_axis, tuple(a for a in kernel.reduced if a != lane_axis)
     loops = tuple(sorted(loops, key=lambda a: a.name in scans))  # a running value restarts when its loop is entered
-    return Layout(kernel, lane, outer, loops, _levels(kernel), _widest(kernel, lane), _partials(lane))
+    return Layout(kernel, lane, outer, loops, _levels(kernel), _widest(kernel, lane), _partials(kernel, lane))
 
 
 def _rows_in_memory_order(kernel: FlatKernel, outer: tuple[Axis, ...]) -> tuple[Axis, ...]:
@@ -194,7 +196,9 @@ def _lane(kernel: FlatKernel, axes: Sequence[Axis]) -> Axis | None:
     return axes[max(range(len(axes)), key=score)]
 
 
-def _partials(lane: Axis | None) -> int:
+def _partials(kernel: FlatKernel, lane: Axis | None) -> int:
+    if lane is not None and any(isinstance(op, Reduce) and lane.name in op.axes and cpp_order.is_ordered(op) for op in kernel.body):
+        return cpp_order.PARTIALS
     size = None if lane is None else lane.extent.constant
     return PARTIALS[size is not None and size < 4 * PARTIALS[0] and size % PARTIALS[0] != 0]
 

@@ -1,7 +1,7 @@
 """The statements of one row: sweeps over the reduce axes, partial states, and the loops over lanes with their tails.
 
 Every reduction over lanes keeps `partials` partial states, element e of a piece in state e % partials, whatever the vector width,
-and joins them in one fixed tree: the same bits at every level.  A tail runs the same statements on its n lanes.
+and joins them in one fixed order (cpp_states): the same bits at every level.  A tail runs the same statements on its n lanes.
 """
 
 from __future__ import annotations
@@ -10,30 +10,21 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from flagtree.codegen import cpp_ops as ops
+from flagtree.codegen import cpp_states
 from flagtree.codegen.cpp_body import BodyWriter
 from flagtree.codegen.cpp_index import index_text, is_multiple
 from flagtree.codegen.cpp_keep import Sweep, row_size, sweeps
 from flagtree.codegen.cpp_layout import PARTIALS, Layout
 from flagtree.codegen.cpp_pair import STEP, are_whole_steps, is_paired
 from flagtree.codegen.cpp_scan import carry_type, declared
+from flagtree.codegen.cpp_states import STATES, RowStates, block, each, member, start_of_all, state_name, struct
 from flagtree.codegen.segments import Segment, segments
-from flagtree.errors import CodegenError
 from flagtree.ir.flat import operands
 from flagtree.ir.index import Index
 from flagtree.ir.program import BodyOp, Compute, IndexValue, Load, Reduce, Scan, Store, defined
 
-ROW_BLOCK = 4096  # elements of a long row after which its partial states are joined; a multiple of all PARTIALS
 BLOCK = 256  # points of a reduce axis that one partial sum of a column takes
 COLUMNS = 4  # vectors of columns reduced side by side: whole cache lines, and sums that do not wait for one another
-
-# combiner -> (fields of its state, start of each: a number, or "low"/"high" for the type's ends)
-STATES: dict[str, tuple[tuple[str, ...], tuple[object, ...]]] = {
-    "sum": (("value",), (0,)), "prod": (("value",), (1,)), "min": (("value",), ("high",)), "max": (("value",), ("low",)),
-    "any": (("value",), (False,)), "all": (("value",), (True,)),
-    "argmin": (("value", "index"), ("high", "high")), "argmax": (("value", "index"), ("low", "high")),
-    "welford": (("mean", "m2", "count"), (0, 0, 0)), "online_softmax": (("peak", "total"), ("low", 0)),
-}  # fmt: skip
-
 
 @dataclass(frozen=True, slots=True)
 class RowWriter:
@@ -86,21 +77,22 @@ class RowWriter:
 
     def _lane_sweep(self, sweep: int, pieces: list[tuple[Segment, Sweep]], paired: bool) -> list[str]:
         reduces = [op for op in self.layout.kernel.body if isinstance(op, Reduce) and self.layout.sweep_of(op) == sweep]
-        lines = self._state(sweep, reduces) if reduces else []
-        if reduces:
-            lines += [f"{self._state_name(sweep)} part{sweep}[PARTS];", *_each_part(f"part{sweep}[k] = {self._start(reduces)};")]
-        inner: list[str] = []
         whole = len(pieces) == 1
+        tailed = not all(is_multiple(piece.hi - piece.lo, self.layout.partials, self.multiples) for piece, _ in pieces)
+        states = RowStates(sweep, reduces, paired, tailed, whole and not self.layout.loops) if reduces else None
+        lines = [] if states is None else states.declared()
+        inner: list[str] = []
         for piece, work in pieces:
-            inner += self._lane_loop(sweep, piece, work, bool(reduces), paired, whole)
+            inner += self._lane_loop(piece, work, states, paired, whole)
         scans = [op for op in self.layout.kernel.body if isinstance(op, Scan)]
         inner = [*(self._carry(op, whole) for op in scans), *inner]
         lines += self._loops(inner) if self.layout.loops else block("", inner) if scans else inner
         for op in reduces:
-            lines += self._finish(op, sweep)
+            assert states is not None
+            lines += [*states.joined(op), *self._results(op, f"{member(op)}_all")]
         return lines
 
-    def _lane_loop(self, sweep: int, piece: Segment, work: Sweep, reducing: bool, paired: bool, whole: bool) -> list[str]:
+    def _lane_loop(self, piece: Segment, work: Sweep, states: RowStates | None, paired: bool, whole: bool) -> list[str]:
         """Full vectors, then the tail: the same statements, called with fewer lanes."""
         lane = self._lane_name
         if not work.body:
@@ -111,44 +103,18 @@ class RowWriter:
         writer = self._writer([op for op in work.body if op not in once], scope, True, work, paired, whole)
         writer.lines[:0] = self._read(work, paired)
         lines = self._statements(once, scope - {lane}, vector=False)
-        lines += [*self._step(lane, writer, self._state_name(sweep) if reducing else ""), f"i64 at = {lo};", f"const i64 end = {hi};"]
+        lines += [*self._step(lane, writer, "" if states is None else states.name), f"i64 at = {lo};", f"const i64 end = {hi};"]
+        if states is not None:
+            return block("", [*lines, *states.fed(self.layout.kernel.bounds.maximum(extent))])
         width = "2 * W" if paired else "W"
-        tail = not is_multiple(extent, self.layout.partials if reducing else PARTIALS[1], self.multiples)
-        if not reducing:
-            if extent.constant is None or extent.constant >= 2:
-                lines.append(f"for (; at + {width} <= end; at += {width}) step(at, {width});")
-            return block("", [*lines, *(["if (at < end) step(at, (int)(end - at));"] if tail else [])])
-        highest = self.layout.kernel.bounds.maximum(extent)
-        if highest is not None and highest <= 2 * ROW_BLOCK:
-            return block("", [*lines, *self._accumulated(f"part{sweep}", sweep, "end", width, tail)])
-        return block("", [*lines, *self._row_blocks(sweep, width, tail, [op for op in work.body if isinstance(op, Reduce)])])
+        if extent.constant is None or extent.constant >= 2:
+            lines.append(f"for (; at + {width} <= end; at += {width}) step(at, {width});")
+        tail = not is_multiple(extent, PARTIALS[1], self.multiples)
+        return block("", [*lines, *(["if (at < end) step(at, (int)(end - at));"] if tail else [])])
 
     def _is_once(self, op: BodyOp, work: Sweep) -> bool:
         """The same all along the lanes: before the loop over them, which has points (the compiler would not take a load out)."""
         return isinstance(op, (Load, Compute, IndexValue)) and op.name not in work.kept and not self.layout.varies_in_lanes(op.name)
-
-    def _accumulated(self, part: str, sweep: int, end: str, width: str, tail: bool) -> list[str]:
-        """Elements from `at` to `end` into the states `part`."""
-        paired = width != "W"
-        call = f"step(at + k * {width}, {width}, {_parts(part, paired)});"
-        lines = block(f"for (; at + PARTIALS <= {end}; at += PARTIALS)", _each_part(call, paired))
-        if not tail:
-            return lines
-        # a copy, so that only the copy needs an address: the partial states of the loop above stay in registers
-        copy = [f"{self._state_name(sweep)} rest[PARTS];", *_each_part(f"rest[k] = {part}[k];")]
-        count = f"(int)({end} - at < {width} ? {end} - at : {width})"
-        call = f"for (int k = 0; at < {end}; ++k, at += {width}) step(at, {count}, {_parts('rest', paired)});"
-        return [*lines, *block(f"if (at < {end})", [*copy, call, *_each_part(f"{part}[k] = rest[k];")])]
-
-    def _row_blocks(self, sweep: int, width: str, tail: bool, reduces: list[Reduce]) -> list[str]:
-        """A long row in blocks of ROW_BLOCK elements whose states are joined: its sum stays as accurate as a short one's."""
-        join = " ".join(f"part{sweep}[k].{m} = combine(part{sweep}[k].{m}, some[k].{m});" for m in map(_member, reduces))
-        # every reduction of the sweep is in every piece: `_live` drops none
-        return block("while (at < end)", [
-            f"const i64 stop = end - at > {ROW_BLOCK} ? at + {ROW_BLOCK} : end;",
-            f"{self._state_name(sweep)} some[PARTS];", *_each_part(f"some[k] = {self._start(reduces)};"),
-            *self._accumulated("some", sweep, "stop", width, tail), *_each_part(f"{{ {join} }}"),
-        ])  # fmt: skip
 
     def _step(self, lane: str, writer: BodyWriter, state: str) -> list[str]:
         """The lambda that a loop over lanes calls for `n` elements from `lane` on."""
@@ -211,23 +177,23 @@ class RowWriter:
         """COLUMNS vectors in one walk over the reduce axes, then the rest one by one; a column's value does not depend on which."""
         body = sweeps(self.layout, piece.body)[0].body
         reduces = [op for op in body if isinstance(op, Reduce)]
-        state, axes = self._state_name(0), self.layout.loops
+        state, axes = state_name(0), self.layout.loops
         inside = self._statements(body, scope | {a.name for a in axes}, vector=True)
-        after = [line for op in reduces for line in self._results(op, f"part.{_member(op)}")]
+        after = [line for op in reduces for line in self._results(op, f"part.{member(op)}")]
         after += self._statements(pending, scope, vector=True)
         counters = "".join(f"const i64 {a.name}, " for a in axes)
         head = f"const i64 {self._lane_name}, const int n, {state} &part) __attribute__((always_inline))"
         point = "".join(f"{a.name}, " for a in axes)
-        join = "".join(f" total[k].{m} = combine(total[k].{m}, part[k].{m});" for m in map(_member, reduces))
-        many = [f"{state} total[COLUMNS], part[COLUMNS];", *_each("COLUMNS", f"total[k] = {self._start(reduces)};"),
-                *self._blocked(_each("COLUMNS", f"part[k] = {self._start(reduces)};"),
-                               _each("COLUMNS", f"add({point}at + k * W, W, part[k]);"), _each("COLUMNS", "{" + join + " }")),
-                *_each("COLUMNS", "finish(at + k * W, W, total[k]);")]  # fmt: skip
-        one = ["const int n = end - at < W ? (int)(end - at) : W;", f"{state} total = {self._start(reduces)}, part;",
-               *self._blocked([f"part = {self._start(reduces)};"], [f"add({point}at, n, part);"], [join.replace("[k]", "").strip()]),
+        join = "".join(f" total[k].{m} = combine(total[k].{m}, part[k].{m});" for m in map(member, reduces))
+        many = [f"{state} total[COLUMNS], part[COLUMNS];", *each("COLUMNS", f"total[k] = {start_of_all(reduces)};"),
+                *self._blocked(each("COLUMNS", f"part[k] = {start_of_all(reduces)};"),
+                               each("COLUMNS", f"add({point}at + k * W, W, part[k]);"), each("COLUMNS", "{" + join + " }")),
+                *each("COLUMNS", "finish(at + k * W, W, total[k]);")]  # fmt: skip
+        one = ["const int n = end - at < W ? (int)(end - at) : W;", f"{state} total = {start_of_all(reduces)}, part;",
+               *self._blocked([f"part = {start_of_all(reduces)};"], [f"add({point}at, n, part);"], [join.replace("[k]", "").strip()]),
                "finish(at, n, total);"]  # fmt: skip
         return [
-            *self._state(0, reduces), f"enum : int {{ COLUMNS = {COLUMNS} }};",
+            *struct(0, reduces), f"enum : int {{ COLUMNS = {COLUMNS} }};",
             *block(f"const auto add = [&]({counters}{head}", inside, ";"), *block(f"const auto finish = [&]({head}", after, ";"),
             *block("for (; at + COLUMNS * W <= end; at += COLUMNS * W)", many), *block("for (; at < end; at += W)", one),
         ]  # fmt: skip
@@ -252,42 +218,28 @@ class RowWriter:
         if not chosen:
             return []
         reduces = [op for op in chosen if isinstance(op, Reduce)]
-        lines = self._state(sweep, reduces) if reduces else []
+        lines = struct(sweep, reduces) if reduces else []
         if reduces:
-            lines.append(f"{self._state_name(sweep)} part{sweep} = {self._start(reduces)};")
+            lines.append(f"{state_name(sweep)} part{sweep} = {start_of_all(reduces)};")
         scope = self._outer_scope() | {a.name for a in self.layout.loops} | {self._lane_name}
         carries = [self._carry(op, False) for op in chosen if isinstance(op, Scan)]
         loops = self._loops(self._statements(chosen, scope, vector=True), carries)
-        lines += ["{", f"{self._state_name(sweep)} &part = part{sweep};", *loops, "}"] if reduces else loops
+        lines += ["{", f"{state_name(sweep)} &part = part{sweep};", *loops, "}"] if reduces else loops
         for op in reduces:
-            lines += self._results(op, f"part{sweep}.{_member(op)}")
+            lines += self._results(op, f"part{sweep}.{member(op)}")
         return lines
 
     # -- reductions --------------------------------------------------------------------------------------------------
-    def _state_name(self, sweep: int) -> str:
-        return f"sweep{sweep}_state"
-
-    def _state(self, sweep: int, reduces: list[Reduce]) -> list[str]:
-        return block(f"struct {self._state_name(sweep)}", [f"{_type(op)} {_member(op)};" for op in reduces], ";")
-
-    def _start(self, reduces: list[Reduce]) -> str:
-        return "{" + ", ".join(_start(op) for op in reduces) + "}"
-
     def _accumulate(self, op: Reduce, lanes_reduced: bool, count: str) -> str:
         source = self.layout.kernel.dtypes
-        values = [ops.cast(a, source[a], d) for a, d in zip(op.args, _accumulators(op), strict=True)]
-        member, step = f"part.{_member(op)}", f"{_type(op)}{{{', '.join(values)}}}"
-        joined = f"combine({member}, {step})"
-        return f"{member} = {f'keep({count}, {joined}, {member})' if lanes_reduced else joined};"
-
-    def _finish(self, op: Reduce, sweep: int) -> list[str]:
-        name = _member(op)
-        return [f"{_type(op)} {name}_parts[PARTS];", *_each_part(f"{name}_parts[k] = part{sweep}[k].{name};"),
-                f"const {_type(op)} {name}_all = tree({name}_parts);", *self._results(op, f"{name}_all")]  # fmt: skip
+        values = [ops.cast(a, source[a], d) for a, d in zip(op.args, cpp_states.accumulators(op), strict=True)]
+        state, step = f"part.{member(op)}", f"{cpp_states.type_of(op)}{{{', '.join(values)}}}"
+        joined = f"combine({state}, {step})"
+        return f"{state} = {f'keep({count}, {joined}, {state})' if lanes_reduced else joined};"
 
     def _results(self, op: Reduce, state: str) -> list[str]:
         lines = []
-        for name, dtype, accumulator, part in zip(op.names, op.dtypes, _accumulators(op), STATES[op.combiner][0], strict=True):
+        for name, dtype, accumulator, part in zip(op.names, op.dtypes, cpp_states.accumulators(op), STATES[op.combiner][0], strict=True):
             text = f"{state}.{part}"
             if ops.register(accumulator) != ops.register(dtype):
                 text = f"to_{ops.register(dtype)}({text})"
@@ -320,7 +272,7 @@ class RowWriter:
 
     def _carry(self, op: Scan, whole: bool) -> str:
         kind = carry_type(op)
-        return declared(self.layout, op, whole, _end(kind, STATES[op.combiner][1][0], op.dtype))
+        return declared(self.layout, op, whole, cpp_states.start_number(kind, STATES[op.combiner][1][0], op.dtype))
 
     def _loops(self, inner: list[str], carries: Iterable[str] = ()) -> list[str]:
         """Plain loops over the reduce axes; running values start where the innermost is entered."""
@@ -330,59 +282,3 @@ class RowWriter:
             if not position:
                 lines = [*carries, *lines]
         return lines
-
-
-def block(head: str, lines: list[str], tail: str = "") -> list[str]:
-    """`head { lines }`, the lines indented."""
-    return [f"{head} {{".lstrip(), *("  " + line for line in lines), "}" + tail]
-
-
-def _each_part(statement: str, paired: bool = False) -> list[str]:
-    return _each("PARTS / 2" if paired else "PARTS", statement)
-
-
-def _each(count: str, statement: str) -> list[str]:
-    return ["#pragma GCC unroll 16", f"for (int k = 0; k < {count}; ++k) {statement}"]
-
-
-def _parts(name: str, paired: bool) -> str:
-    """The partial states of vector k: in pairs, even elements have the first half of them."""
-    return f"{name}[k], {name}[k + PARTS / 2]" if paired else f"{name}[k]"
-
-
-def _member(op: Reduce) -> str:
-    return op.names[0]
-
-
-def _accumulators(op: Reduce) -> tuple[str, ...]:
-    """The dtype in which each part of a state is carried: half floats in f32, a welford count like the mean."""
-    wide = tuple("f32" if ops.register(d) == "f32" else d for d in op.dtypes)
-    return (wide[0],) * 3 if op.combiner == "welford" else wide
-
-
-def _type(op: Reduce) -> str:
-    if op.combiner not in STATES:
-        raise CodegenError(f"cannot generate C++ for the combiner '{op.combiner}'")
-    kinds = dict.fromkeys((f"{ops.register(d)}v" for d in _accumulators(op)), None) if not op.combiner.startswith("arg") else \
-        [f"{ops.register(d)}v" for d in _accumulators(op)]  # fmt: skip
-    combiner = op.combiner if op.dtypes[0] != "b1" else {"min": "all", "max": "any"}.get(op.combiner, op.combiner)  # a true mask is -1
-    return f"{combiner}_state<{', '.join(kinds)}>"
-
-
-def _start(op: Reduce) -> str:
-    starts = STATES[op.combiner][1]
-    return "{" + ", ".join(f"splat({_end(ops.register(d), s, d)})" for d, s in zip(_accumulators(op), starts, strict=True)) + "}"
-
-
-def _end(register: str, start: object, dtype: str) -> str:
-    """A start value as a scalar of the register type."""
-    if register in ("f32", "f64"):
-        number = {"low": -float("inf"), "high": float("inf")}.get(str(start), start)
-        return ops.literal(float(number), register)  # type: ignore[arg-type]
-    if isinstance(start, bool):
-        return f"i32({-1 if start else 0})"
-    bits = 64 if register == "i64" else 32
-    number = {"low": -(2 ** (bits - 1)), "high": 2 ** (bits - 1) - 1}.get(str(start), start)
-    if dtype == "b1" and start in ("low", "high"):  # true is -1: the larger b1 is the smaller mask
-        number = 0 if start == "low" else -1
-    return f"{register}({ops.literal(int(number), register)})"

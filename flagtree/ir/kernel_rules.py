@@ -143,6 +143,8 @@ def _type_error(s: KernelScope, op: BodyOp) -> str | None:
     combiner = COMBINERS.get(op.combiner)
     if combiner is None:
         return f"'{op.combiner}' is no combiner"
+    if isinstance(op, Reduce) and op.ordered and op.combiner != "sum":
+        return f"'{op.combiner}' has no order"
     names, args = (op.names, op.args) if isinstance(op, Reduce) else ((op.name,), (op.arg,))
     if not combiner.arity == len(names) == len(args) == len(stated):
         return f"'{op.combiner}' combines {combiner.arity} values"

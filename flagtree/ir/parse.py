@@ -246,7 +246,8 @@ def _read_op(line: Line) -> BodyOp:
     values = tuple(str(a) for a in args)
     if word.startswith("scan.") and single and len(values) == len(axes) == 1:
         return Scan(name, dtype, word[len("scan.") :], values[0], axes[0])
-    return Reduce(tuple(n for n, _ in targets), tuple(d for _, d in targets), word, values, axes)
+    combiner = word.removeprefix("ordered.")
+    return Reduce(tuple(n for n, _ in targets), tuple(d for _, d in targets), combiner, values, axes, combiner != word)
 
 
 def _read_access(line: Line) -> tuple[str, tuple[Index, ...]]:

@@ -99,13 +99,16 @@ class Compute:
 
 @dataclass(frozen=True, slots=True)
 class Reduce:
-    """`names`, `dtypes` and `args` have the combiner's arity.  Masked-out points must already carry the identity."""
+    """`names`, `dtypes` and `args` have the combiner's arity.  Masked-out points must already carry the identity.
+
+    `ordered`: of a sum that PyTorch's own sum takes; where a target can, it adds up in the order in which eager does there."""
 
     names: tuple[str, ...]
     dtypes: tuple[str, ...]
     combiner: str
     args: tuple[str, ...]
     axes: tuple[str, ...]
+    ordered: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -155,7 +155,7 @@ def print_op(op: BodyOp) -> str:
     if isinstance(op, Reduce):
         names = ", ".join(f"{n}: {d}" for n, d in zip(op.names, op.dtypes, strict=True))
         left = names if len(op.names) == 1 else f"({names})"
-        return f"{left} = {op.combiner} {', '.join(op.args)} over {', '.join(op.axes)}".rstrip()
+        return f"{left} = {'ordered.' * op.ordered}{op.combiner} {', '.join(op.args)} over {', '.join(op.axes)}".rstrip()
     if isinstance(op, Scan):
         return f"{op.name}: {op.dtype} = scan.{op.combiner} {op.arg} over {op.axis}"
     if isinstance(op, IndexValue):

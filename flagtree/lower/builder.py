@@ -138,10 +138,10 @@ class Body:
         self.ops.append(Compute(out := self._name(), result, name, operands))
         return Value(self, out, result)
 
-    def reduce(self, combiner: str, *args: Value, axes: Sequence[Index]) -> list[Value]:
+    def reduce(self, combiner: str, *args: Value, axes: Sequence[Index], ordered: bool = False) -> list[Value]:
         base = self._name()
-        names = tuple(base if k == 0 else f"{base}_{k}" for k in range(len(args)))
-        self.ops.append(Reduce(names, tuple(a.dtype for a in args), combiner, tuple(a.name for a in args), tuple(str(x) for x in axes)))
+        names, dtypes = tuple(base if k == 0 else f"{base}_{k}" for k in range(len(args))), tuple(a.dtype for a in args)
+        self.ops.append(Reduce(names, dtypes, combiner, tuple(a.name for a in args), tuple(str(x) for x in axes), ordered))
         return [Value(self, n, a.dtype) for n, a in zip(names, args, strict=True)]
 
     def scan(self, combiner: str, arg: Value, axis: Index) -> Value:

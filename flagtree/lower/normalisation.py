@@ -55,7 +55,7 @@ def _rms_norm(lowering: Lowering, call: Call) -> None:
     b, value = rows.body, rows.load()
     # without eps ATen takes the machine epsilon of the computing type
     eps = {"f32": 2.0**-23, "f64": 2.0**-52}[value.dtype] if eps is None else eps
-    y = value * b.op("rsqrt", rows.mean(value * value) + eps)
+    y = value * b.op("rsqrt", rows.mean(value * value, ordered=True) + eps)
     if weight is not None:
         y = y * rows.at(weight, dims)
     b.store(out, rows.index, y)

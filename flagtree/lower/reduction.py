@@ -55,13 +55,14 @@ class Rows:
         """Load another tensor in its computing type."""
         return self.body.cast(self.body.load(tensor, index), compute_type(tensor.dtype))
 
-    def reduce(self, combiner: str, *values: Value) -> list[Value]:
+    def reduce(self, combiner: str, *values: Value, ordered: bool = False) -> list[Value]:
         if not self.reduced:
             raise NotLowered("reduction of a scalar")
-        return self.body.reduce(combiner, *values, axes=self.reduced)
+        return self.body.reduce(combiner, *values, axes=self.reduced, ordered=ordered)
 
-    def mean(self, value: Value) -> Value:
-        return self.reduce("sum", value)[0] / self.size(value.dtype)
+    def mean(self, value: Value, ordered: bool = False) -> Value:
+        """`ordered`: eager's own call is a mean, too."""
+        return self.reduce("sum", value, ordered=ordered)[0] / self.size(value.dtype)
 
     def size(self, dtype: str) -> float | Value:
         """Number of points that are reduced."""
@@ -86,7 +87,7 @@ def _sum(lowering: Lowering, call: Call) -> None:
     x, out = call.tensor(0), call.out()
     rows = Rows.over(x, _dims(call, x))
     value = rows.load(compute_type(out.dtype))
-    total = rows.reduce("sum", value)[0]
+    total = rows.reduce("sum", value, ordered=True)[0]
     rows.body.store(out, rows.kept_index(out), total)
     call.emit(rows.body)
 
@@ -94,7 +95,7 @@ def _sum(lowering: Lowering, call: Call) -> None:
 def _mean(lowering: Lowering, call: Call) -> None:
     x, out = call.tensor(0), call.out()
     rows = Rows.over(x, _dims(call, x))
-    rows.body.store(out, rows.kept_index(out), rows.mean(rows.load(compute_type(out.dtype))))
+    rows.body.store(out, rows.kept_index(out), rows.mean(rows.load(compute_type(out.dtype)), ordered=True))
     call.emit(rows.body)
 
 

@@ -140,7 +140,7 @@ def identity(op: BodyOp) -> object:
     if isinstance(op, IndexValue):
         return ("index", op.dtype, op.expr)
     if isinstance(op, Reduce):
-        return ("reduce", op.combiner, op.args, op.axes)
+        return ("reduce", op.combiner, op.args, op.axes, op.ordered)
     assert isinstance(op, Scan)
     return ("scan", op.combiner, op.arg, op.axis)
 

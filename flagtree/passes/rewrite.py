@@ -71,7 +71,7 @@ def rename(op: BodyOp, names: Mapping[str, str], axes: Mapping[str, Index] | Non
     if isinstance(op, Reduce):
         reduced = tuple(names.get(a, a) for a in op.args)
         along = tuple(n for x in op.axes for n in (sorted(moved[x].names()) if x in moved and moved[x].name is None else (axis(x),)))
-        return Reduce(tuple(names.get(n, n) for n in op.names), op.dtypes, op.combiner, reduced, along or op.axes)
+        return Reduce(tuple(names.get(n, n) for n in op.names), op.dtypes, op.combiner, reduced, along or op.axes, op.ordered)
     return Scan(names.get(op.name, op.name), op.dtype, op.combiner, names.get(op.arg, op.arg), axis(op.axis))
 
 

@@ -102,6 +102,7 @@ BROKEN = {
         ("s: f32 = sum a", "s: f64 = sum a"),
         ("s: f32 = sum a", "s: f32 = argmax a"),
         ("s: f32 = sum a", "s: f32 = mean a"),
+        ("s: f32 = sum a", "s: f32 = ordered.max a"),
         ("q: b1 = ge p, 0", "q: i64 = add p, 0"),
         ("p: i64 = index", "p: f32 = index"),
         ("store y[i, j] = z", "store y[i, j] = p"),

@@ -1,5 +1,5 @@
 // States that reductions carry.  `combine` is associative up to rounding; PARTIALS partial states, element e in state e % PARTIALS,
-// are joined in one fixed tree, so that the width of a vector never shows in a result.
+// are joined in one fixed tree, sums of f32 in PyTorch's order, so that the width of a vector never shows in a result.
 //@ swap_lanes first_lane
 #if defined(__clang__)
 template <class V> INLINE V swap_lanes(V v, int h) {
@@ -66,6 +66,36 @@ template <class V> INLINE sum_state<V> combine(sum_state<V> a, sum_state<V> b) {
 template <class V> INLINE sum_state<V> keep(int n, sum_state<V> a, sum_state<V> b) { return {keep(n, a.value, b.value)}; }
 template <class V> INLINE sum_state<V> swap_lanes(sum_state<V> a, int h) { return {swap_lanes(a.value, h)}; }
 template <class V> INLINE sum_state<V> first_lane(sum_state<V> a) { return {first_lane(a.value)}; }
+//@ in_order
+// The sum that 32 partial sums add up to in PyTorch's order (codegen/cpp_order.py), element e of a row in sum e % 32: of 4 vectors of 8
+// lanes the first takes the others, then the lanes add up one after another.  `rest`: the elements behind the last whole 32 of a row of
+// `length`, each in a sum of its own; whole vectors of them join the first, single ones come before the lanes.  Fewer than 8 are taken as
+// 4 sums of their own.  In pairs (cpp_pair.py) the even elements' 16 sums stand before the odd ones'.
+typedef f32 quad __attribute__((vector_size(16)));
+template <bool PAIRS> INLINE f32v in_order(const sum_state<f32v> *s, const sum_state<f32v> *rest = 0, i64 length = 0) {
+  enum : int { NEXT = PAIRS ? 1 : 2, HIGH = PAIRS ? 4 : 1 };
+  const int left = length % 32, vectors = left / 8;
+  f32 total = 0, place[32], single[32];
+  quad m[8], r[8];
+  __builtin_memcpy(m, s, sizeof m);
+  if (left) {
+    __builtin_memcpy(r, rest, sizeof r);
+    __builtin_memcpy(place, rest, sizeof place);
+    for (int e = 0; e < left; ++e) single[e] = place[PAIRS ? e % 2 * 16 + e / 2 : e];
+  }
+  if (length >= 4 && length < 8) {
+    for (int e = 3; e < left; ++e) total += single[e == 3 ? 0 : e];
+    return splat(total + single[1] + single[2] + single[3]);
+  }
+  quad a = m[0], b = m[HIGH];
+  for (int v = 0; v < vectors; ++v) a += r[NEXT * v], b += r[HIGH + NEXT * v];
+#pragma GCC unroll 3
+  for (int v = 1; v < 4; ++v) a += m[NEXT * v], b += m[HIGH + NEXT * v];
+  for (int e = vectors * 8; e < left; ++e) total += single[e];
+#pragma GCC unroll 8
+  for (int l = 0; l < 8; ++l) total += PAIRS ? (l % 2 ? b : a)[l / 2] : (l / 4 ? b : a)[l % 4];
+  return splat(total);
+}
 //@ prod_state
 template <class V> struct prod_state { V value; };
 template <class V> INLINE prod_state<V> combine(prod_state<V> a, prod_state<V> b) { return {a.value * b.value}; }
