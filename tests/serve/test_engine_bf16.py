@@ -1,8 +1,7 @@
 """The real engine in bf16, teacher-forced on the tokens of eager: as near to it as eager is to itself with another number of threads.
 
-The bound is the larger of 0.05 and the difference between two plain runs, with one and two threads; on two ranks, each of one thread,
-without and with vLLM's own operators, whose sums have another order, by which one of two nearly equal experts may be taken.  A token may
-differ only where eager's first two choices lie closer.
+The bound is the larger of 0.05 and the difference between two plain runs, with one and two threads (on two ranks, each of one thread,
+0.05).  A token may differ only where eager's first two choices lie closer.  A decoder without experts has eager's bits.
 """
 
 from __future__ import annotations
@@ -20,29 +19,27 @@ from tests.serve.test_engine_parallel import THREADS
 pytestmark = pytest.mark.vllm
 LEAST = 0.05
 
-
-# one of its 384 answers is 0.594 off, vLLM's own operators are 0.560 from plain ones; which rounding differs is not found yet
-OFF = {"step3_vl": (pytest.mark.xfail(reason="one answer is 0.594 off", strict=False),)}
-TWO_RANKS = [pytest.param(f"{kind} on 2 ranks", marks=(pytest.mark.full, *OFF.get(kind, ()))) for kind in ARCHITECTURES]
+TWO_RANKS = [pytest.param(f"{kind} on 2 ranks", marks=pytest.mark.full) for kind in ARCHITECTURES]
+ROUTED = ("qwen3_moe", "minimax_m2", "step3_text", "step3_vl")  # softmax and sigmoid of f32 have other bits, within their error
 
 
 @pytest.fixture(scope="module", params=[*KINDS, *TWO_RANKS])
 def records(request: pytest.FixtureRequest, beds: Callable[..., Bed]) -> Any:
-    """Eager as reference, eager with other sums, and flagtree as the reference: in one process."""
+    """Eager as reference and flagtree, in one process; beside one rank eager with another number of threads."""
     kind, _, ranks = request.param.partition(" on ")
-    plain, ours = {"arguments": PLAIN, "threads": 2}, {"threads": 2, "taught_by": "plain"}
+    bed = beds(kind, "two_bf16", dtype="bfloat16", tensor_parallel_size=2) if ranks else beds(kind, "bf16", dtype="bfloat16")
+    runs = {"plain": {"arguments": PLAIN, "threads": 2}, "ours": {"arguments": bed.lenient(), "threads": 2, "taught_by": "plain"}}
+    if ranks:
+        return {"kind": kind, **bed.process("bf16", runs, **QUIET, **THREADS)}
     other = {"arguments": PLAIN, "threads": 1, "taught_by": "plain"}
-    if not ranks:
-        bed = beds(kind, "bf16", dtype="bfloat16")
-        return bed.process("bf16", {"plain": plain, "other": other, "ours": {"arguments": bed.lenient(), **ours}}, **QUIET)
-    bed = beds(kind, "two_bf16", dtype="bfloat16", tensor_parallel_size=2)
-    other = {**other, "arguments": {"enforce_eager": True}}
-    return bed.process("bf16", {"plain": plain, "other": other, "ours": {"arguments": bed.lenient(), **ours}}, **QUIET, **THREADS)
+    return {"kind": kind, **bed.process("bf16", {**runs, "other": other}, **QUIET)}
 
 
 def bound(records: Any) -> float:
     """Of a log-probability's difference."""
-    return max(LEAST, furthest(records["other"]["taught"], records["plain"]["taught"]))
+    if records["kind"] not in ROUTED:
+        return 0.0
+    return max(LEAST, furthest(records["other"]["taught"], records["plain"]["taught"])) if "other" in records else LEAST
 
 
 def test_log_probabilities_are_as_near_as_eager_is_to_itself(records: Any) -> None:
