@@ -144,7 +144,13 @@ def test_compiled_norms_have_the_bits_of_eager(norm: Callable[..., torch.Tensor]
     assert same_bits(torch.compile(norm, backend=backend)(x, w), norm(x, w))
 
 
-@pytest.mark.parametrize("function", [torch.nn.functional.silu, torch.sigmoid, torch.exp, torch.tanh])
+FUNCTIONS: tuple[Callable[..., torch.Tensor], ...] = (
+    torch.exp, torch.exp2, torch.expm1, torch.log, torch.log1p, torch.log2, torch.tanh, torch.sin, torch.cos, torch.sigmoid,
+    torch.nn.functional.silu, torch.nn.functional.softplus, torch.nn.functional.mish, torch.nn.functional.elu,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
 def test_every_bf16_has_the_bits_of_eager(function: Callable[..., torch.Tensor]) -> None:
     """Our functions of f32 are not eager's, but none is so far off that one of the 65 536 results would round to another bf16."""
     from flagtree.runtime.compile import backend

@@ -76,7 +76,7 @@ INLINE f32v expm1_of(f32v x) {
   exp_reduction e = exp_reduced(clamp(x, -18.f, 89.f));
   f32v less_one = fused(e.tail, e.r * e.r, e.r), half = power_of_two(e.n - 1);
   f32v y = fused(half, less_one, half - 0.5f) * 2.f;
-  return absolute(x) < 1e-4f ? x + 0.5f * x * x : y;
+  return absolute(x) < 1e-4f ? copy_sign(x + 0.5f * x * x, x) : y;  // of a negative zero, too
 }
 INLINE f64v expm1_of(f64v x) { return lane_by_lane([](f64 t) { return __builtin_expm1(t); }, x); }
 //@ log_reduced
@@ -146,7 +146,7 @@ INLINE f32v tanh_of(f32v x) {
   p = fused(p, z, 1.33314422036e-1f);
   p = fused(p, z, -3.33332819422e-1f);
   f32v far = 1.f - 2.f / (exp_of(a + a) + 1.f);
-  return a < 0.625f ? fused(p * z, x, x) : copy_sign(far, x);
+  return copy_sign(a < 0.625f ? fused(p * z, a, a) : far, x);
 }
 INLINE f64v tanh_of(f64v x) { return lane_by_lane([](f64 t) { return __builtin_tanh(t); }, x); }
 //@ erf_of
@@ -182,7 +182,7 @@ INLINE f32v sine_of_quarter(f32v x, int quarter) {
 }
 INLINE f32v sin_of(f32v x) {
   i32v huge = ~(absolute(x) < 1048576.f);
-  f32v y = absolute(x) < 1e-4f ? x - x * x * x * 0.16666667f : sine_of_quarter(x, 0);
+  f32v y = absolute(x) < 1e-4f ? x : sine_of_quarter(x, 0);  // there x^3 / 6 is less than a quarter of a last place
   if (RARELY(any_lane(huge, W))) y = huge ? lane_by_lane([](f64 t) { return __builtin_sin(t); }, x) : y;
   return y;
 }
