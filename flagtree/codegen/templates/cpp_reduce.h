@@ -87,13 +87,13 @@ template <bool PAIRS> INLINE f32v in_order(const sum_state<f32v> *s, const sum_s
     for (int e = 3; e < left; ++e) total += single[e == 3 ? 0 : e];
     return splat(total + single[1] + single[2] + single[3]);
   }
-  quad a = m[0], b = m[HIGH];
-  for (int v = 0; v < vectors; ++v) a += r[NEXT * v], b += r[HIGH + NEXT * v];
+  quad half[2] = {m[0], m[HIGH]};
+  for (int v = 0; v < vectors; ++v) half[0] += r[NEXT * v], half[1] += r[HIGH + NEXT * v];
 #pragma GCC unroll 3
-  for (int v = 1; v < 4; ++v) a += m[NEXT * v], b += m[HIGH + NEXT * v];
+  for (int v = 1; v < 4; ++v) half[0] += m[NEXT * v], half[1] += m[HIGH + NEXT * v];
   for (int e = vectors * 8; e < left; ++e) total += single[e];
 #pragma GCC unroll 8
-  for (int l = 0; l < 8; ++l) total += PAIRS ? (l % 2 ? b : a)[l / 2] : (l / 4 ? b : a)[l % 4];
+  for (int l = 0; l < 8; ++l) total += PAIRS ? half[l % 2][l / 2] : half[l / 4][l % 4];
   return splat(total);
 }
 //@ prod_state
