@@ -30,8 +30,10 @@ def test_released_it_is_as_before_and_looks_at_nothing_imported(left_as_found: t
     assert gc.get_threshold() == left_as_found
     assert gc.get_freeze_count() > frozen + 10_000
     frozen = gc.get_freeze_count()
+    new: list[list[int]] = [[] for _ in range(10_000)]
     collector.release()
-    assert (gc.get_threshold(), gc.get_freeze_count()) == (left_as_found, frozen), "nothing was held"
+    assert gc.get_threshold() == left_as_found
+    assert gc.get_freeze_count() < frozen + len(new), "nothing was held, so nothing more is frozen; what was may have died meanwhile"
 
 
 def test_the_launcher_holds_in_its_own_process_and_in_those_it_spawns(repository: Path, tmp_path: Path) -> None:
@@ -44,9 +46,7 @@ def test_the_launcher_holds_in_its_own_process_and_in_those_it_spawns(repository
         "    child = multiprocessing.get_context('spawn').Process(target=told.tell)\n    child.start()\n    child.join()\n"
     )
     command = [sys.executable, "-m", "flagtree.serve.launch", "serve", "model"]
-    done = subprocess.run(
-        command, cwd=tmp_path, env={"PYTHONPATH": f"{tmp_path}:{repository}"}, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": f"{tmp_path}:{repository}"}, capture_output=True, text=True, check=True)
     assert done.stdout == f"{collector.HELD}\n" * 2
 
 
