@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from flagtree.check.report import BundleReport, CompileReport, ExternRow, KernelRow, PartReport
+from flagtree.ir.program import UNBOUNDED
 
 UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -107,11 +108,17 @@ def _totals(part: PartReport) -> Iterable[Text]:
         yield Text.assemble(
             ("a layer ", "bold"), f"{part.launches_per_layer} launches, "
             f"{size(part.bytes_before_per_layer)} before, {size(part.bytes_after_per_layer)} after, externs included")
-    ranges = ", ".join(
-        f"{name} {low} to {high}" + (f" in steps of {step}" if step != 1 else "") for name, (low, high, step) in part.symbols.items())
-    if ranges:
-        yield Text.assemble(("covers  ", "bold"), ranges)
+    if part.symbols:
+        yield Text.assemble(("covers  ", "bold"), ", ".join(_range(name, *bounds) for name, bounds in part.symbols.items()))
     yield Text.assemble(("weights ", "bold"), f"{part.weights} by name")
+
+
+def _range(name: str, low: int, high: int, step: int) -> str:
+    """What the bundle promises of one run-time integer; a bound that is none is not printed as a number."""
+    below, above = low <= -UNBOUNDED, high >= UNBOUNDED
+    one_sided = f"{name} from {low}" if above else f"{name} up to {high}"
+    numbers = f"any {name}" if below and above else one_sided if below or above else f"{name} {low} to {high}"
+    return numbers + (f" in steps of {step}" if step != 1 else "")
 
 
 def print_facts(console: Console, facts: Iterable[tuple[str, str | Path]]) -> None:

@@ -16,6 +16,8 @@ from flagtree.ir.index import Index, contiguous_strides
 Scalar = Union[bool, int, float]
 Arg = Union[str, bool, int, float]  # a value's name, or a literal of the op's operand type
 
+UNBOUNDED = 2**48  # what a run-time integer without an upper bound counts as
+
 
 @dataclass(frozen=True, slots=True)
 class Symbol:

@@ -13,10 +13,8 @@ import torch
 from torch.utils._sympy.functions import FloorDiv, Max, Min
 
 from flagtree.ir.index import Index, Quotient, from_sympy
-from flagtree.ir.program import Symbol
+from flagtree.ir.program import UNBOUNDED, Symbol
 from flagtree.lower.builder import NotLowered
-
-UNBOUNDED = 2**48  # what a size without an upper bound counts as
 
 
 class Sizes:

@@ -7,6 +7,7 @@ from rich.console import Console
 
 from flagtree.check.report import BundleReport, CompileReport, KernelRow, PartReport
 from flagtree.cli.table import print_report, short_ops, size, stored_report
+from flagtree.ir.program import UNBOUNDED
 from tests.cli.reports import NORM, report
 
 
@@ -78,3 +79,10 @@ def test_the_report_in_a_launch_list_is_found_or_not_there() -> None:
     assert stored_report({"report": part.to_dict()}) == part
     assert stored_report({"steps": []}) is None
     assert stored_report({"report": {"name": 1}}) is None
+
+
+def test_a_bound_that_is_none_is_not_printed_as_a_number() -> None:
+    symbols = {"n": (1, 8192, 8), "a": (-UNBOUNDED, UNBOUNDED, 1), "b": (2, UNBOUNDED, 1), "c": (-UNBOUNDED, 7, 1), "d": (-3, 3, 1)}
+    part = PartReport("decode", "cpu", (), (), launches_total=0, weights=0, symbols=symbols)
+    text = printed(CompileReport("m", (BundleReport("cpu", "/b", "c" * 64, (part,), {}),)), 140)
+    assert "covers  n 1 to 8192 in steps of 8, any a, b from 2, c up to 7, d -3 to 3\n" in text
