@@ -18,7 +18,6 @@ from rich.table import Table
 from rich.text import Text
 
 from flagtree.check.report import BundleReport, CompileReport, ExternRow, KernelRow, PartReport
-from flagtree.ir.program import UNBOUNDED
 
 UNITS = ("B", "kB", "MB", "GB", "TB")
 
@@ -115,6 +114,8 @@ def _totals(part: PartReport) -> Iterable[Text]:
 
 def _range(name: str, low: int, high: int, step: int) -> str:
     """What the bundle promises of one run-time integer; a bound that is none is not printed as a number."""
+    from flagtree.ir.program import UNBOUNDED  # here: commands that print no report start without the IR
+
     below, above = low <= -UNBOUNDED, high >= UNBOUNDED
     one_sided = f"{name} from {low}" if above else f"{name} up to {high}"
     numbers = f"any {name}" if below and above else one_sided if below or above else f"{name} {low} to {high}"
