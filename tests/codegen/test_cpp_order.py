@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flagtree.codegen import cpp_order
+from flagtree.runtime.compile import backend
 from tests.codegen.cpp_runner import run, same_bits
 
 LENGTHS = (0, 1, 3, 4, 5, 6, 7, 8, 9, 15, 16, 23, 31, 32, 33, 63, 64, 100, 128, 511, 512, 513, 1000, 1027, 4096, 8191)
@@ -133,15 +134,17 @@ def _shares(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return positive / positive.sum(-1, keepdim=True)
 
 
+def compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    torch._dynamo.reset()
+    return torch.compile(function, backend=backend)
+
+
 @pytest.mark.parametrize("norm", [_by_hand, _rms_norm, _shares])
 @pytest.mark.parametrize("width", [6, 80, 128, 1027, 4096])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 def test_compiled_norms_have_the_bits_of_eager(norm: Callable[..., torch.Tensor], width: int, dtype: torch.dtype) -> None:
-    from flagtree.runtime.compile import backend
-
-    torch._dynamo.reset()
     x, w = drawn(64, width, dtype), 1 + 0.1 * drawn(1, width, dtype)[0]
-    assert same_bits(torch.compile(norm, backend=backend)(x, w), norm(x, w))
+    assert same_bits(compiled(norm)(x, w), norm(x, w))
 
 
 FUNCTIONS: tuple[Callable[..., torch.Tensor], ...] = (
@@ -153,8 +156,5 @@ FUNCTIONS: tuple[Callable[..., torch.Tensor], ...] = (
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
 def test_every_bf16_has_the_bits_of_eager(function: Callable[..., torch.Tensor]) -> None:
     """Our functions of f32 are not eager's, but none is so far off that one of the 65 536 results would round to another bf16."""
-    from flagtree.runtime.compile import backend
-
-    torch._dynamo.reset()
     x = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
-    assert same_bits(torch.compile(function, backend=backend)(x), function(x))
+    assert same_bits(compiled(function)(x), function(x))

@@ -21,7 +21,7 @@ HEADERS = {
     "plain": ("fp32, one process", ["eager: 8 x 48 ids", "recorded", "single operators", "strict, first", "strict, second", "compilers run",
                                     "Dynamo graphs", "ATen calls generated"]),
     "two": ("fp32, tensor parallel 2", ["recorded", "strict, first", "compilers run"]),
-    "bf16": ("bf16, one process, teacher-forced", ["difference", "between 1 and 2 threads", "sequences with equal ids"]),
+    "bf16": ("bf16, teacher-forced", ["one rank", "eager with 1 and 2 threads", "two ranks", "sequences with equal ids"]),
 }  # fmt: skip
 
 
@@ -34,8 +34,11 @@ def against(have: Any, want: Any) -> str:
     """Sequences with equal ids, and how far log-probabilities lie apart."""
     if not have or not want:
         return ""
-    equal = sum(a == b for a, b in zip(have["ids"], want["ids"]))
-    return f"{equal}/{len(want['ids'])}, {furthest(have['logprobs'], want['logprobs']):.1e}"
+    return f"{_equal(have['ids'], want['ids'])}, {furthest(have['logprobs'], want['logprobs']):.1e}"
+
+
+def _equal(have: list[list[int]], want: list[list[int]]) -> str:
+    return f"{sum(a == b for a, b in zip(have, want, strict=True))}/{len(want)}"
 
 
 def plain(bed: Path) -> list[str]:
@@ -66,12 +69,11 @@ def two(bed: Path) -> list[str]:
 
 
 def bf16(bed: Path) -> list[str]:
-    found = read(bed, "bf16")
-    if not found:
-        return [""] * 3
-    want = found["two"]
-    apart = [furthest(found[name]["taught"], want["taught"]) for name in ("ours", "one")]
-    return [*(f"{a:.3f}" for a in apart), f"{sum(a == b for a, b in zip(found['ours']['ids'], want['ids']))}/{len(want['ids'])}"]
+    """Also of the bed beside it, whose server has two ranks."""
+    one, two = read(bed, "bf16"), read(bed.with_name(bed.name.replace("-bf16", "-two_bf16")), "bf16")
+    pairs = [(one, "ours"), (one, "other"), (two, "ours")]
+    apart = (f"{furthest(found[run]['taught'], found['plain']['taught']):.3g}" if found else "" for found, run in pairs)
+    return [*apart, ", ".join(_equal(found["ours"]["ids"], found["plain"]["ids"]) for found in (one, two) if found)]
 
 
 def lines(beds: Path) -> Iterator[str]:
