@@ -69,7 +69,8 @@ def served_graph(module: fx.GraphModule) -> Served:
         copied[node] = graph.node_copy(node, copied.__getitem__)
     copy = fx.GraphModule(module, graph)
     position = {node: k for k, node in enumerate(n for n in graph.nodes if n.op == "placeholder")}
-    arrives = _unpack_products(copy, position)
+    arrives = _unpack_products(copy)
+    _weights_before_biases(graph, position)
     extra = _lift(copy)
     marks = _mark(graph)
     graph.eliminate_dead_code(_is_impure)
@@ -103,12 +104,12 @@ def _is_impure(node: fx.Node) -> bool:
 
 
 # -- packed products ---------------------------------------------------------------------------------------------------
-def _unpack_products(module: fx.GraphModule, position: Mapping[fx.Node, int]) -> dict[fx.Node, tuple[str, str, tuple[int, ...]]]:
+def _unpack_products(module: fx.GraphModule) -> dict[fx.Node, tuple[str, str, tuple[int, ...]]]:
     """`onednn_mm(empty(…, n), reshape(x), bias, handle)` becomes `linear(x, weight, bias)`: the form of every other platform, and so does
     `weight_packed_linear(reshape(empty(…, n)), reshape(x), tiles, bias, …)`.
 
-    The weight takes the place of its packed form among the arguments, which Dynamo lists in the order in which calls take them: before
-    its bias; its shape follows from what it is multiplied with.  Returns what arrives packed, and how: the rest of `Packed`.
+    The weight takes the place of its packed form among the arguments; its shape follows from what it is multiplied with.  Returns what
+    arrives packed, and how: the rest of `Packed`.
     """
     arrives: dict[fx.Node, tuple[str, str, tuple[int, ...]]] = {}
     for node in list(module.graph.nodes):
@@ -133,8 +134,6 @@ def _unpack_products(module: fx.GraphModule, position: Mapping[fx.Node, int]) ->
         made.replace_all_uses_with(linear, delete_user_cb=lambda user, calls=calls: user not in calls)
         for dead in calls:
             module.graph.erase_node(dead)
-        if bias is not None and position[bias] < position[weight]:
-            bias.prepend(weight)
         for argument in given:
             value, shape = example_value(argument), (fake_out.shape[-1], fake_x.shape[-1])
             plain = _like(fake_out, shape if argument is weight else shape[:1])
@@ -142,6 +141,15 @@ def _unpack_products(module: fx.GraphModule, position: Mapping[fx.Node, int]) ->
                 arrives[argument] = callee, _DTYPES[value.dtype], tuple(int(n) for n in value.shape)
             argument.meta["example_value"] = plain
     return arrives
+
+
+def _weights_before_biases(graph: fx.Graph, position: Mapping[fx.Node, int]) -> None:
+    """One order of a product's arguments: Dynamo lists a weight and its bias in the order in which it meets them, and which it meets
+    first depends on the platform's form of the product."""
+    for node in graph.nodes:
+        weight, bias = (*node.args, None, None)[1:3] if node.target is torch._C._nn.linear else (None, None)
+        if weight in position and bias in position and position[bias] < position[weight]:
+            bias.prepend(weight)
 
 
 def _like(fake: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

@@ -24,6 +24,18 @@ def test_packed_products_have_the_key_of_plain_ones(packed: str, dtype: str, sha
     assert capture_key(served.module, {}, inference=True).text == key_of(Decoder()).text
 
 
+def test_a_bias_that_was_met_before_its_weight_gives_the_same_key() -> None:
+    plain, other = graph_of(Decoder()), graph_of(Decoder())
+    linear = next(n for n in other.graph.nodes if n.target is torch._C._nn.linear and n.args[2] is not None)
+    linear.args[1].prepend(linear.args[2])
+    other.recompile()
+    first, second = served_graph(plain), served_graph(other)
+    assert capture_key(first.module, {}, inference=True).text == capture_key(second.module, {}, inference=True).text
+    names = [[n.name for n in module.graph.nodes if n.op == "placeholder"] for module in (plain, other)]
+    assert names[0] != names[1]
+    assert [names[0][k] for k in first.takes] == [names[1][k] for k in second.takes], "each argument is handed over as what it is"
+
+
 def test_ranks_and_processes_have_one_key() -> None:
     ranks = [served_graph(graph_of(Decoder(rank=r, handle=h))) for r, h in ((0, 3), (1, 9))]
     keys = [capture_key(r.module, {}, inference=True).digest for r in ranks]
